@@ -22,8 +22,8 @@ _CHUNK_BYTES = 1 << 16
 class RunLog:
     """Writes a run's logs. Every rank may hold one; only rank 0 calls `metrics` and `truncate`.
 
-    A failing disk never raises in `metrics` and `event`: a metrics line that does not fit is kept and written (once, whole) when
-    there is space again, an event goes to standard error instead.
+    A failing disk never raises in `metrics` and `event`: a metrics line that does not fit is kept and written
+    (once, whole) when there is space again, an event goes to standard error instead.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -121,8 +121,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 class Tail:
     """Follows both logs of a run that another process writes.
 
-    Each record is delivered once. When a file is replaced (`RunLog.truncate`, a fresh run), only what follows the common
-    beginning of the old and the new file is delivered.
+    Each record is delivered once. When a file is replaced (`RunLog.truncate`, a fresh run), only what follows the
+    common beginning of the old and the new file is delivered.
     """
 
     def __init__(self, folder: Path, *, from_start: bool = True) -> None:
@@ -139,8 +139,8 @@ class Tail:
 
 
 class _FileTail:
-    """One file. The descriptor stays open between polls: its inode cannot be reused, so a replacement is always seen, and the
-    old content stays readable to find where the new file departs from it."""
+    """One file. The descriptor stays open between polls: its inode cannot be reused, so a replacement is always
+    seen, and the old content stays readable to find where the new file departs from it."""
 
     def __init__(self, path: Path, from_start: bool) -> None:
         self._path = path
