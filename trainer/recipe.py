@@ -1,0 +1,286 @@
+"""The recipe: what a run trains, as a closed schema with one docstring a field. Imports no torch.
+
+Keys of later work stand in the schema already, so that a recipe keeps its shape; their values are refused ("not yet").
+The YAML door is `recipe_file`; what depends on several fields, on the model or on the machine is checked in `check`.
+Relative paths are relative to the working directory of the command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from cuboid.parallel.errors import one_of
+from cuboid.parallel.layout import BatchPlan, Layout
+
+
+@dataclass(frozen=True)
+class Offered:
+    """Marks a field whose schema knows the values of later work: only ``values`` work today."""
+
+    values: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(self.values)}
+
+    def check(self, value: object) -> object:
+        # the types are compared too: True equals 1, but `shard: 1` is not `shard: true`
+        if any(value == offered and type(value) is type(offered) for offered in self.values):
+            return value
+        remedy = f"use {one_of([written(offered) for offered in self.values])}"
+        raise PydanticCustomError("cuboid", "not yet", {"constraint": "is not yet offered", "remedy": remedy})
+
+
+Later = Annotated[dict[str, Any] | None, Offered((None,))]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Number = Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32",))]
+
+
+def written(value: object) -> str:
+    """A value as YAML spells it, for messages."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+class Settings(BaseModel):
+    """A closed, frozen part of the recipe; strict types: ``"2"`` is not a number."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelSettings(Settings):
+    """What is trained: a pretrained model that goes on, or a config from scratch; exactly one of the two."""
+
+    pretrained: Text | None = None
+    """A local folder or a hub id with safetensors."""
+    config: dict[str, Any] | None = None
+    """Any transformers config as a mapping, with its model_type; weights are drawn from the seed."""
+    attention: Annotated[
+        Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"], Offered(("auto", "eager", "sdpa"))
+    ] = "auto"
+    """Attention kernel; auto: the best that this model and device support, the choice is logged."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.pretrained is None) == (self.config is None):
+            given = "neither" if self.config is None else "both"
+            remedy = "set the other one to null" if self.config is not None else "give one of them"
+            words = {"constraint": f"needs exactly one of pretrained and config, {given} is given", "remedy": remedy}
+            raise PydanticCustomError("cuboid", "one of two", words)
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            words = {"constraint": "has no model_type", "remedy": "write for example model_type: llama"}
+            raise PydanticCustomError("cuboid", "no model_type", words | {"field": "config"})
+        return self
+
+
+class PrecisionSettings(Settings):
+    """Types of numbers."""
+
+    parameters: Number = "float32"
+    """Type in which parameters and optimizer state are kept."""
+    compute: Number = "float32"
+    """Type of activations and matrix products."""
+    reduce: Number = "float32"
+    """Type in which gradients are summed over data ranks."""
+
+
+class DataSettings(Settings):
+    """What is read."""
+
+    kind: Annotated[Literal["text", "chat", "instruct", "tokens"], Offered(("text",))]
+    """text: running text, every token is predicted."""
+    path: Text | Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
+    """A local file or folder, a list of them, a hub id of datasets, or package:NAME for a built-in corpus."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    text_column: Text = "text"
+    """Column that holds the text, in a hub data set or a .jsonl file."""
+    tokenizer: Text = "auto"
+    """auto: the model's own, or bytes where the model comes from a config; bytes; or a local folder or hub id."""
+    sequence_length: Annotated[int, Field(ge=2)]
+    """Tokens in one sequence, all of them predicted but those at a document's end."""
+    packing: Annotated[bool, Offered((True,))] = True
+    """Documents are packed into full sequences."""
+    cross_documents: bool = False
+    """false: attention and positions start anew at each document; true: a sequence is one running text."""
+
+
+class ParallelSettings(Settings):
+    """How the work is divided over ranks: pipeline x data x tensor."""
+
+    data: Count | Literal["auto"] = 1
+    """Ranks along data; auto: what the devices leave."""
+    tensor: Count = 1
+    """Ranks that share each layer's matrices."""
+    pipeline: Count = 1
+    """Ranks along which the layers are laid."""
+    expert: Annotated[Count, Offered((1,))] = 1
+    """Ranks that share the experts; divides data x tensor and adds no ranks."""
+    schedule: Annotated[
+        Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipe_v"],
+        Offered(("gpipe", "1f1b", "interleaved_1f1b")),
+    ] = "1f1b"
+    """Order of a pipeline rank's actions."""
+    microbatches: Count = 1
+    """Parts into which each data rank's share of the global batch is cut."""
+    virtual_stages: Count | None = None
+    """Stages that each pipeline rank holds; null: what the schedule needs."""
+    sequence: bool = True
+    """Sequence parallelism beside tensor parallelism: norms and residuals divided along the sequence."""
+    shard: Annotated[bool | Count, Offered((True, False))] = True
+    """true: parameters sharded over data (FSDP2); false: replicated."""
+    reshard: Literal["auto"] | bool = "auto"
+    """Free the gathered parameters after the forward; auto: as the schedule allows."""
+    engine: Annotated[Literal["native", "deepspeed"], Offered(("native",))] = "native"
+    """What runs data parallelism."""
+    zero_stage: Annotated[int | None, Offered((None,))] = None
+    """ZeRO stage of the deepspeed engine."""
+    offload: Annotated[Literal["cpu", "nvme"] | None, Offered((None,))] = None
+    """Where the deepspeed engine keeps optimizer state."""
+    activation_checkpointing: Annotated[Literal["none", "full", "selective"], Offered(("none", "full"))] = "none"
+    """full: a layer keeps only its input and computes the rest again in the backward."""
+    compile: Annotated[bool, Offered((False,))] = False
+    """torch.compile of each layer."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW (Loshchilov and Hutter, 2019) and its learning rate; no decay on norms, biases and embeddings."""
+
+    name: Literal["adamw"] = "adamw"
+    """Kind of optimizer."""
+    learning_rate: NotNegative = 3.0e-4
+    """Peak learning rate."""
+    betas: Annotated[tuple[Momentum, Momentum], Strict(False)] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled decay, times the learning rate."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null: no clipping (the norm is logged all the same)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate from the end of the warmup to the last step."""
+    warmup_steps: CountOrZero = 0
+    """Steps of linear warmup."""
+    min_ratio: Share = 0.1
+    """Learning rate of the last step as a share of the peak (cosine and linear)."""
+
+
+class TrainSettings(Settings):
+    """How long, and how much at a time."""
+
+    steps: Count
+    """Optimizer steps in all."""
+    global_batch: Count
+    """Sequences in one step: data x microbatches x microbatch size."""
+    log_every: Count = 1
+    """Steps between two messages to the tracker and the screen; metrics.jsonl has every step."""
+    eval_every: Annotated[CountOrZero, Offered((0,))] = 0
+    """Steps between two evaluations; 0: none."""
+
+
+class CheckpointSettings(Settings):
+    """When the run is saved."""
+
+    every: CountOrZero = 100
+    """Steps between two checkpoints; 0: none; otherwise the last step is always saved."""
+    keep: Count = 3
+    """Newest checkpoints that stay."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    copy_to: Annotated[Text | None, Offered((None,))] = None
+    """A second place for finished checkpoints."""
+
+
+class TrackSettings(Settings):
+    """Where metrics, pictures and checkpoints are shown; keys and tokens come from the environment only."""
+
+    to: Literal["auto", "wandb", "trackio", "none"] = "auto"
+    """auto: wandb where a key is configured, else trackio's local page."""
+    project: Text = "cuboid"
+    """Project of the tracker."""
+    timeline_every: CountOrZero = 50
+    """Steps between two pictures of the schedule as it ran, step 2 and the last always; 0: none."""
+    artifacts: Literal["reference", "bytes", "none"] = "reference"
+    """Checkpoints in the tracker: a reference with their manifest, their bytes, or nothing."""
+
+
+class LaunchSettings(Settings):
+    """What starts the ranks and what happens when one dies."""
+
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: Ray Train on a local or given cluster; local: processes of this command, without Ray."""
+    address: Text | None = None
+    """Address of a running Ray cluster; null: a local one of this run's own."""
+    max_failures: CountOrZero = 10
+    """Restarts in all; the run also stops after three failures without a newer checkpoint."""
+    timeout_seconds: Count = 300
+    """How long a rank waits for the others in a collective before it fails."""
+    min_data: Annotated[Count | None, Offered((None,))] = None
+    """Fewest data ranks with which an elastic run goes on."""
+    max_data: Annotated[Count | None, Offered((None,))] = None
+    """Most data ranks to which an elastic run grows."""
+
+
+class Recipe(Settings):
+    """What a run trains, on which block of ranks, and what it leaves behind."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run and of its folder below `runs`."""
+    seed: CountOrZero = 1234
+    """Seed of initial weights and of the order of the data."""
+    model: ModelSettings
+    precision: PrecisionSettings = PrecisionSettings()
+    data: DataSettings
+    parallel: ParallelSettings = ParallelSettings()
+    moe: Later = None
+    """Experts made of a dense model."""
+    lora: Later = None
+    """Low-rank adapters."""
+    quantize: Later = None
+    """Quantization."""
+    distill: Later = None
+    """Distillation from a teacher."""
+    prune: Later = None
+    """Pruning."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    track: TrackSettings = TrackSettings()
+    runs: Text = "runs"
+    """Root of the runs' folders."""
+    launch: LaunchSettings = LaunchSettings()
+
+    @property
+    def layout(self) -> Layout:
+        """The block of ranks; ``parallel.data: auto`` must have been resolved (`check.resolve_devices`)."""
+        settings = self.parallel
+        assert settings.data != "auto", "parallel.data is still auto"
+        return Layout(pipeline=settings.pipeline, data=settings.data, tensor=settings.tensor, expert=settings.expert)
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """How the global batch is cut; raises FieldError where it cannot be."""
+        return BatchPlan(
+            global_batch=self.train.global_batch, data=self.layout.data, microbatches=self.parallel.microbatches
+        )
