@@ -1,0 +1,91 @@
+"""The four differentiable exchanges of tensor and sequence parallelism, each the other's transpose.
+
+Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (g and g-bar);
+Shoeybi et al. 2019, "Megatron-LM", section 3 (f and g). Shapes: B batch, T tokens, t = T / ranks, D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def all_gather_tokens(x_BtD: Tensor, group: ProcessGroup) -> Tensor:
+    """[B, t, D] on each rank -> [B, T, D] on every rank."""
+    ranks, (batch, tokens, *rest) = group.size(), x_BtD.shape
+    gathered = x_BtD.new_empty(ranks * batch, tokens, *rest)
+    dist.all_gather_into_tensor(gathered, x_BtD.contiguous(), group=group)
+    if batch == 1:  # ranks and tokens are neighbours already
+        return gathered.view(1, ranks * tokens, *rest)
+    return gathered.view(ranks, batch, tokens, *rest).transpose(0, 1).reshape(batch, ranks * tokens, *rest)
+
+
+def reduce_scatter_tokens(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
+    """Partial sums [B, T, D] on each rank -> this rank's tokens of the sum, [B, t, D]."""
+    ranks, (batch, tokens, *rest) = group.size(), x_BTD.shape
+    assert tokens % ranks == 0, f"{tokens} tokens do not divide by {ranks} ranks"
+    by_rank = x_BTD.reshape(batch, ranks, tokens // ranks, *rest).transpose(0, 1).contiguous()
+    summed = x_BTD.new_empty(batch, tokens // ranks, *rest)
+    dist.reduce_scatter_tensor(summed, by_rank.view(ranks * batch, tokens // ranks, *rest), group=group)
+    return summed
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return reduce_scatter_tokens(grad, ctx.group), None
+
+
+class _ReduceScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_gather_tokens(grad, ctx.group), None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def enter(x: Tensor, group: ProcessGroup, *, sequence: bool) -> Tensor:
+    """Into a block whose ranks each hold a part of the features: all tokens forward, summed gradients backward."""
+    return _GatherTokens.apply(x, group) if sequence else _SumGradient.apply(x, group)
+
+
+def leave(x: Tensor, group: ProcessGroup, *, sequence: bool) -> Tensor:
+    """Out of such a block: partial sums are added up, and with sequence parallelism each rank keeps its tokens."""
+    return _ReduceScatterTokens.apply(x, group) if sequence else _Sum.apply(x, group)

@@ -1,0 +1,84 @@
+"""Summed cross entropy over a vocabulary that may be divided over the tensor axis.
+
+The loss of a step is a sum over tokens divided once by the number of valid tokens of the whole global batch, so that no
+mean of means can enter. Shapes: N = B x T tokens, V vocabulary, v = V / ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+IGNORE = -100
+"""The label of a token that is not predicted."""
+
+
+class _VocabularyParallelCrossEntropy(torch.autograd.Function):
+    """Shoeybi et al. 2019, "Megatron-LM", section 3: only maxima, sums and target logits travel, never logits.
+
+    Works chunk by chunk, so that float32 copies of the logits exist for ``chunk`` tokens only; the gradient takes the
+    logits' own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_Nv: Tensor, labels_N: Tensor, group: ProcessGroup, chunk: int) -> Tensor:
+        grad_Nv = torch.empty_like(logits_Nv)
+        total = logits_Nv.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(labels_N), chunk):
+            rows = slice(start, start + chunk)
+            total += _cross_entropy_chunk(logits_Nv[rows], labels_N[rows], grad_Nv[rows], group)
+        ctx.save_for_backward(grad_Nv)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (grad_Nv,) = ctx.saved_tensors
+        return grad_Nv * grad.to(grad_Nv.dtype), None, None, None
+
+
+def _cross_entropy_chunk(logits_Nv: Tensor, labels_N: Tensor, grad_Nv: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum of the losses of some tokens; writes d(sum)/d(logits) into ``grad_Nv``."""
+    valid = labels_N != IGNORE
+    width = logits_Nv.shape[-1]
+    local = labels_N - width * group.rank()
+    here = valid & (local >= 0) & (local < width)
+    column = local.masked_fill(~here, 0).unsqueeze(-1)
+
+    scores = logits_Nv.float()
+    maximum = scores.amax(-1, keepdim=True)
+    if group.size() > 1:
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    scores = scores - maximum
+    target = scores.gather(-1, column).squeeze(-1).masked_fill(~here, 0)
+    exponentials = scores.exp_()
+    both = torch.stack([exponentials.sum(-1), target])
+    if group.size() > 1:
+        dist.all_reduce(both, group=group)
+    sums, target = both
+    probabilities = exponentials.div_(sums.unsqueeze(-1))
+    probabilities.scatter_add_(-1, column, -here.to(probabilities.dtype).unsqueeze(-1))
+    grad_Nv.copy_(probabilities.mul_(valid.unsqueeze(-1)))
+    return ((sums.log() - target) * valid).sum()
+
+
+class SummedCrossEntropy:
+    """The loss object of a pipeline: sum over the tokens of a microbatch, divided by the step's global token count.
+
+    ``num_valid_tokens`` is set before each step: a count over all data ranks and all microbatches, decided before the
+    first microbatch runs.
+    """
+
+    def __init__(self, group: ProcessGroup, *, chunk_tokens: int = 1024) -> None:
+        self.group, self.chunk_tokens = group, chunk_tokens
+        self.num_valid_tokens: int = 0
+
+    def __call__(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+        assert self.num_valid_tokens > 0, "the step's token count must be set first"
+        total = _VocabularyParallelCrossEntropy.apply(
+            logits_BTv.flatten(0, 1), labels_BT.flatten(), self.group, self.chunk_tokens
+        )
+        return total / self.num_valid_tokens

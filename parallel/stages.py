@@ -1,0 +1,124 @@
+"""Layers -> stages: which layers stand where, and a model cut down to one stage with its parameter names kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Masks = Mapping[str, Tensor | None]
+"""Attention mask [B, 1, T, T] for each kind of layer; None lets the attention kernel be plainly causal."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the parts of a causal language model are called; ``layer_kinds`` names the mask that each layer takes."""
+
+    layer_kinds: tuple[str, ...]
+    base: str = "model"
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    rotary: str = "rotary_emb"
+    head: str = "lm_head"
+    tied: bool = False
+
+    @property
+    def embedding_weight(self) -> str:
+        return f"{self.base}.{self.embedding}.weight"
+
+    @property
+    def head_weight(self) -> str:
+        return f"{self.head}.weight"
+
+    def global_name(self, name: str) -> str:
+        """The one name under which a parameter is stored: a tied head is the embedding."""
+        return self.embedding_weight if self.tied and name == self.head_weight else name
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Consecutive layers for each stage, as even as the count allows; the first stages take the remainder, because the
+    last one also computes the head."""
+    assert 1 <= num_stages <= num_layers, f"{num_layers} layers cannot fill {num_stages} stages"
+    share, remainder = divmod(num_layers, num_stages)
+    bounds = [stage * share + min(stage, remainder) for stage in range(num_stages + 1)]
+    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+class Stage(nn.Module):
+    """A consecutive part of a causal language model; every parameter keeps its name in the whole model.
+
+    Layers live in a `ModuleDict` keyed by their global index, so that ``model.layers.7.mlp.up_proj.weight`` is called
+    that on every mesh. The first stage takes token ids [B, T], later ones hidden states [B, T_local, D]; the last one
+    returns logits [B, T, V_local]. T_local and V_local are smaller than T and V under tensor parallelism.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], *, anatomy: Anatomy, masks: Callable[[Tensor], Masks]) -> None:
+        super().__init__()
+        base = model.get_submodule(anatomy.base)
+        part = nn.Module()
+        self.is_first = 0 in layers
+        self.is_last = len(anatomy.layer_kinds) - 1 in layers
+        if self.is_first:
+            part.add_module(anatomy.embedding, base.get_submodule(anatomy.embedding))
+        all_layers = base.get_submodule(anatomy.layers)
+        part.add_module(anatomy.layers, nn.ModuleDict({str(i): all_layers.get_submodule(str(i)) for i in layers}))
+        part.add_module(anatomy.rotary, base.get_submodule(anatomy.rotary))
+        if self.is_last:
+            part.add_module(anatomy.norm, base.get_submodule(anatomy.norm))
+        self.add_module(anatomy.base, part)
+        if self.is_last:
+            self.add_module(anatomy.head, model.get_submodule(anatomy.head))
+        self.anatomy, self.masks = anatomy, masks
+
+    @property
+    def layers(self) -> nn.ModuleDict:
+        """This stage's transformer layers by global index."""
+        layers = self.get_submodule(f"{self.anatomy.base}.{self.anatomy.layers}")
+        assert isinstance(layers, nn.ModuleDict)
+        return layers
+
+    def forward(self, x: Tensor, *, position_ids: Tensor) -> Tensor:
+        part, names = self.get_submodule(self.anatomy.base), self.anatomy
+        hidden = part.get_submodule(names.embedding)(x) if self.is_first else x
+        masks = self.masks(position_ids)
+        rotary = part.get_submodule(names.rotary)(hidden, position_ids=position_ids)
+        for index, layer in self.layers.items():
+            hidden = layer(
+                hidden,
+                attention_mask=masks[names.layer_kinds[int(index)]],
+                position_ids=position_ids,
+                position_embeddings=rotary,
+            )
+        if self.is_last:
+            hidden = self.get_submodule(names.head)(part.get_submodule(names.norm)(hidden))
+        return hidden
+
+
+def cut_stage(
+    model: nn.Module, stage: int, num_stages: int, *, anatomy: Anatomy, masks: Callable[[Tensor], Masks]
+) -> Stage:
+    """The part of ``model`` that stage ``stage`` of ``num_stages`` computes.
+
+    A tied head that stands alone on its stage gets a parameter of its own; `gradients.TiedWeights` keeps the copies
+    equal. On one stage the tie stays one parameter.
+    """
+    part = Stage(model, split_layers(len(anatomy.layer_kinds), num_stages)[stage], anatomy=anatomy, masks=masks)
+    if anatomy.tied and part.is_last and not part.is_first:
+        head = part.get_submodule(anatomy.head)
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=head.weight.requires_grad)
+    return part
+
+
+def apply_activation_checkpointing(stage: Stage) -> None:
+    """Keep only each layer's input and compute the layer again in backward (Chen et al. 2016, section 4).
+
+    `forward` is wrapped, not the module: parameter names stay, and hooks that gather sharded parameters run outside,
+    once.
+    """
+    for layer in stage.layers.values():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
