@@ -10,12 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
-
 from cuboid.parallel.errors import one_of
 from cuboid.parallel.layout import BatchPlan, Layout
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Strict,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo as FieldInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import ErrorDetails as ErrorDetails
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,9 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.pretrained is None) == (self.config is None):
-            given = "neither" if self.config is None else "both"
-            remedy = "set the other one to null" if self.config is not None else "give one of them"
-            words = {"constraint": f"needs exactly one of pretrained and config, {given} is given", "remedy": remedy}
+            given = "neither is" if self.config is None else "both are"
+            remedy = "set one to null" if self.config is not None else "give one of them"
+            words = {"constraint": f"needs exactly one of pretrained and config, {given} given", "remedy": remedy}
             raise PydanticCustomError("cuboid", "one of two", words)
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             words = {"constraint": "has no model_type", "remedy": "write for example model_type: llama"}
@@ -284,3 +294,11 @@ class Recipe(Settings):
         return BatchPlan(
             global_batch=self.train.global_batch, data=self.layout.data, microbatches=self.parallel.microbatches
         )
+
+
+def validated(data: object) -> tuple[Recipe | None, list[ErrorDetails]]:
+    """The recipe, or all that is wrong with its plain data (`recipe_errors` puts it into words)."""
+    try:
+        return Recipe.model_validate(data), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
