@@ -1,0 +1,223 @@
+"""Where documents come from: text files, the built-in corpus, and the datasets door. Imports no torch."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cuboid.parallel.errors import FieldError, UserError
+
+PACKAGES = ("package:stdlib",)
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+TABLE_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".json": "json"}
+"""Files that datasets reads, and the name of its reader; `.json` only where the file itself is named."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents that were found and not yet read."""
+
+    name: str
+    """As the recipe names it."""
+    key: list[Any]
+    """JSON that changes when the content may have changed: files with size and times, or the hub id and split."""
+    num_bytes: int | None
+    """Bytes to read, where known beforehand."""
+    read: Callable[[], Iterator[str]]
+    """Reads the documents, always in the same order; raises UserError at the first that is broken."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One entry of a corpus: a file, or a data set that datasets loads."""
+
+    key: Any
+    num_bytes: int | None
+    read: Callable[[], Iterator[str]]
+
+
+def find_corpus(path: str | Sequence[str], *, text_column: str = "text", split: str = "train") -> Corpus:
+    """Finds what `data.path` names and reads nothing yet.
+
+    Args:
+        path: a file (.txt, .md, .py or any text; .jsonl; .parquet, .csv, .json, .arrow through datasets), a folder of
+            them, a glob, a hub id of datasets, `package:stdlib`, or a list of these, read in the order given.
+        text_column: the column of tables and .jsonl files that holds the text.
+        split: of a data set that datasets loads by hub id or folder.
+
+    Raises:
+        UserError: something named is not there.
+    """
+    names = [path] if isinstance(path, str) else list(path)
+    parts = [part for name in names for part in _parts(name, text_column, split)]
+    sizes = [part.num_bytes for part in parts]
+    known = [size for size in sizes if size is not None]
+
+    def read() -> Iterator[str]:
+        for part in parts:
+            yield from part.read()
+
+    key = [text_column, *(part.key for part in parts)]
+    return Corpus(", ".join(names), key, sum(known) if len(known) == len(sizes) else None, read)
+
+
+def _parts(name: str, text_column: str, split: str) -> list[_Part]:
+    if name.startswith("package:"):
+        return _package(name)
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return _folder(name, place, text_column, split)
+    if place.is_file():
+        return [_file(place, text_column)]
+    if glob.has_magic(name):
+        found = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if os.path.isfile(match))
+        if not found:
+            raise FieldError("data.path", name, "matches no file", "look at the pattern and the working directory")
+        return [_file(file, text_column) for file in found]
+    if _HUB_ID.fullmatch(name) and place.suffix not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".jsonl"):
+        return [_Part(["hub", name, split], None, lambda: _load(name, name, text_column, split=split))]
+    remedy = f"give a file, a folder, a glob, a hub id or {PACKAGES[0]} (relative to {Path.cwd()})"
+    raise FieldError("data.path", name, "does not exist", remedy)
+
+
+def _package(name: str) -> list[_Part]:
+    """The source text of Python's standard library, sorted by path: always there, the same for one Python release."""
+    if name not in PACKAGES:
+        raise FieldError("data.path", name, "is no built-in corpus", f"use {PACKAGES[0]}")
+    root = Path(sysconfig.get_path("stdlib"))
+    found: list[Path] = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = [entry for entry in inner if entry not in _NOT_CORPUS]
+        found += [Path(folder, file) for file in files if file.endswith(".py")]
+    if not found:
+        raise FieldError(
+            "data.path", name, f"finds no source files in {root}", "use a Python with its standard library"
+        )
+    found.sort(key=lambda file: file.relative_to(root).as_posix())
+
+    return [_Part(_stat_key(file), file.stat().st_size, partial(_source, file)) for file in found]
+
+
+def _source(file: Path) -> Iterator[str]:
+    try:
+        yield file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):  # a few sources have another encoding on purpose
+        return
+
+
+def _folder(name: str, folder: Path, text_column: str, split: str) -> list[_Part]:
+    """All readable files below a folder, sorted by path; a folder with tables is a data set and goes to datasets."""
+    files = [
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    files.sort(key=lambda file: file.relative_to(folder).as_posix())
+    tables = [file for file in files if file.suffix in TABLE_SUFFIXES and file.suffix != ".json"]
+    if tables:
+        key = ["folder", split, *(_stat_key(file) for file in files)]
+        size = sum(file.stat().st_size for file in files)
+        return [_Part(key, size, lambda: _load(name, str(folder), text_column, split=split))]
+    texts = [file for file in files if file.suffix in (*TEXT_SUFFIXES, ".jsonl")]
+    if not texts:
+        suffixes = ", ".join((*TEXT_SUFFIXES, ".jsonl", ".parquet", ".csv"))
+        raise FieldError("data.path", name, f"holds no file that ends in {suffixes}", "name the files themselves")
+    return [_file(file, text_column) for file in texts]
+
+
+def _file(file: Path, text_column: str) -> _Part:
+    key, size = _stat_key(file), file.stat().st_size
+    if file.suffix == ".jsonl":
+        return _Part(key, size, lambda: _json_lines(file, text_column))
+    if reader := TABLE_SUFFIXES.get(file.suffix):
+        files = {"train": [str(file)]}
+        return _Part(key, size, lambda: _load(str(file), reader, text_column, data_files=files, split="train"))
+    return _Part(key, size, lambda: _text(file))
+
+
+def _stat_key(file: Path) -> list[Any]:
+    # ctime moves with every write and cannot be set back, so that a changed file is never taken for the old one
+    facts = file.stat()
+    return [str(file.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def _text(file: Path) -> Iterator[str]:
+    try:
+        yield file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise FieldError("data.path", file, f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise FieldError(
+            "data.path", file, f"is not UTF-8 text (byte {error.start})", "convert it or leave it out"
+        ) from error
+
+
+def _json_lines(file: Path, text_column: str) -> Iterator[str]:
+    try:
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_text(line, f"{file}, line {number}", text_column)
+    except OSError as error:
+        raise FieldError("data.path", file, f"cannot be read ({error.strerror})") from error
+
+
+def _json_text(line: bytes, place: str, text_column: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a JSON object is needed, this is a {type(row).__name__}")
+    if text_column not in row:
+        have = ", ".join(row) or "none"
+        raise UserError(f"{place}: no column {text_column} (there are: {have}); set data.text_column")
+    return _as_text(row[text_column], place, text_column)
+
+
+def _as_text(value: object, place: str, text_column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{place}: column {text_column} holds a {type(value).__name__}, not text; set data.text_column")
+    return value
+
+
+def _load(name: str, source: str, text_column: str, **arguments: Any) -> Iterator[str]:
+    """The datasets door: rows of a hub data set, a local data set folder or a table file.
+
+    A hub data set is tokenised once for its id and split; remove the cache folder to read a newer version of it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise FieldError("data.path", name, "needs the package datasets", "pip install 'cuboid[data]'") from error
+    try:
+        table = datasets.load_dataset(source, **arguments)
+    except Exception as error:  # not found, no network, no such split or config: datasets has many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        constraint = (
+            f"is no file or folder here, and datasets cannot load it ({reason})"
+            if source == name
+            else (f"cannot be loaded by datasets ({reason})")
+        )
+        raise FieldError("data.path", name, constraint) from error
+    if text_column not in table.column_names:
+        have = ", ".join(table.column_names)
+        raise UserError(f"{name}: no column {text_column} (there are: {have}); set data.text_column")
+    row = 0
+    for rows in table.select_columns([text_column]).iter(batch_size=_ROWS):
+        for value in rows[text_column]:
+            row += 1
+            yield _as_text(value, f"{name}, row {row}", text_column)

@@ -1,0 +1,111 @@
+"""Text to ids: bytes, or the tokenizer of a Hugging Face model. Imports no torch; transformers where it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from cuboid.parallel.errors import FieldError
+
+BYTES = "bytes"
+_END_OF_DOCUMENT = 256
+
+
+class Tokenizer(Protocol):
+    """What the data needs of a tokenizer."""
+
+    identity: str
+    """Names the tokenizer exactly: the same identity gives the same ids."""
+    vocab_size: int
+    """Largest id + 1."""
+    begin: int | None
+    """Id before each document, where the tokenizer puts one."""
+    end: int | None
+    """Id after each document."""
+    pad: int
+    """Id that fills a sequence; never predicted."""
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without `begin` and `end`."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0..255, and 256 as end of document."""
+
+    identity = BYTES
+    vocab_size = _END_OF_DOCUMENT + 1
+    begin: int | None = None
+    end: int | None = _END_OF_DOCUMENT
+    pad = _END_OF_DOCUMENT
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8) for text in texts]
+
+
+class PretrainedTokenizer:
+    """A tokenizer of transformers, from a local folder or hub id; no code of the repository is run."""
+
+    def __init__(self, name: str, *, field: str = "data.tokenizer") -> None:
+        try:
+            from transformers import AutoTokenizer
+
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # transformers tells a missing tokenizer in many ways
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise FieldError(
+                field, name, f"gives no tokenizer ({reason})", "use bytes, a folder or a hub id"
+            ) from error
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.end: int | None = self._tokenizer.eos_token_id
+        plain: list[int] = self._tokenizer("x")["input_ids"]
+        begin = self._tokenizer.bos_token_id
+        self.begin: int | None = begin if begin is not None and plain[:1] == [begin] else None
+        pads = (self._tokenizer.pad_token_id, self.end, 0)
+        self.pad = int(next(pad for pad in pads if pad is not None))
+        self.identity = self._identity()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        rows = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [np.asarray(row, dtype=np.uint32) for row in rows]
+
+    def _identity(self) -> str:
+        if self._tokenizer.is_fast:
+            content = self._tokenizer.backend_tokenizer.to_str()
+        else:
+            content = type(self._tokenizer).__name__ + json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        facts = json.dumps([content, self.begin, self.end, self.pad])
+        return "sha256:" + hashlib.sha256(facts.encode()).hexdigest()
+
+
+def open_tokenizer(name: str, *, pretrained: str | None = None, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    Args:
+        name: `auto` (the model's own, or bytes where the model comes from a config), `bytes`, a folder or a hub id.
+        pretrained: the recipe's `model.pretrained`, for `auto`.
+        vocab_size: the model's; None skips the comparison.
+
+    Raises:
+        FieldError: there is no such tokenizer, or its largest id does not fit the model.
+    """
+    field = "data.tokenizer"
+    if name == "auto":
+        name, field = (BYTES, field) if pretrained is None else (pretrained, "model.pretrained")
+    tokenizer: Tokenizer = ByteTokenizer() if name == BYTES else PretrainedTokenizer(name, field=field)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        constraint = f"has ids up to {tokenizer.vocab_size - 1}, which do not fit the model's vocab_size={vocab_size}"
+        remedy = f"set model.config.vocab_size to at least {tokenizer.vocab_size}, or use another tokenizer"
+        raise FieldError("data.tokenizer", name, constraint, remedy)
+    return tokenizer
