@@ -31,7 +31,9 @@ def prepare(out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = read.config
-    del config.quantization_config  # the weights are float32 now; what was read still counts as quantized and is not saved
+    del (
+        config.quantization_config
+    )  # the weights are float32 now; what was read still counts as quantized and is not saved
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(partial)

@@ -1,0 +1,188 @@
+"""The rules of CONTRIBUTING.md, executed: who may import what, and how large things may grow.
+
+ruff tells most of them while one types (TID251, TID253, PLW0603); here they are exact: which file is whose door.
+"""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+
+MAY_IMPORT = {
+    "parallel": set(),
+    "trainer": {"parallel"},
+    "recipes": set(),
+    "launch": {"parallel", "trainer"},
+}
+AXES = {"parallel.tensor", "parallel.expert", "parallel.data", "parallel.pipeline"}
+"""The axis files do not import one another; they meet in trainer/assemble and trainer/engine."""
+
+DOORS = {
+    "datasets": {"trainer/corpus.py"},
+    "huggingface_hub": {"trainer/model.py"},
+    "matplotlib": {"trainer/timeline.py"},
+    "pydantic": {"trainer/recipe.py"},
+    "ray": {"launch/ray_cluster.py"},
+    "rich": {"launch/cli.py", "launch/progress.py"},
+    "safetensors": {"trainer/weights.py", "trainer/checkpoint.py", "trainer/export.py"},
+    "torch.distributed.device_mesh.init_device_mesh": {"parallel/mesh.py"},
+    "torch.distributed.fsdp": {"parallel/data.py"},
+    "torch.distributed.init_process_group": {"parallel/mesh.py"},
+    "torch.distributed.pipelining": {"parallel/pipeline.py"},
+    "trackio": {"trainer/track.py"},
+    "transformers": {"trainer/model.py", "trainer/tokenizer.py", "trainer/export.py", "recipes/prepare_smollm2.py"},
+    "typer": {"launch/cli.py"},
+    "wandb": {"trainer/track.py"},
+    "yaml": {"trainer/recipe_yaml.py"},
+    # Nothing unpickles, and nothing outside decides what is imported.
+    "importlib.import_module": set(),
+    "pickle": set(),
+    "torch.distributed.tensor.parallel": set(),
+    "torch.load": set(),
+    "torch.save": set(),
+}
+"""The only files that may name a library or a call; everything else goes through them."""
+
+HEAVY = {"torch", "transformers", "ray", "datasets", "wandb", "trackio", "matplotlib"}
+
+
+def sources(*folders: str) -> list[Path]:
+    """The project's Python files, also those not yet committed."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    wanted = (ROOT / name for name in sorted(set(names)) if not folders or name.split("/")[0] in folders)
+    return [path for path in wanted if path.exists()]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def floor() -> list[str]:
+    """The files that must answer without torch: those that TID253 is not switched off for."""
+    (pattern,) = (glob for glob, codes in RUFF["per-file-ignores"].items() if codes == ["TID253"])
+    assert pattern[:2] == "!{"
+    assert pattern[-1] == "}"
+    return sorted(pattern[2:-1].split(","))
+
+
+def names_used(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every dotted name that the file imports or reaches through an import, with its line."""
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                aliases[name.asname or name.name.split(".")[0]] = name.name if name.asname else name.name.split(".")[0]
+                yield name.name, node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for name in node.names:
+                aliases[name.asname or name.name] = f"{node.module}.{name.name}"
+                yield f"{node.module}.{name.name}", node.lineno
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (dotted := unparse_dotted(node)):
+            head, _, rest = dotted.partition(".")
+            if head in aliases:
+                yield f"{aliases[head]}.{rest}", node.lineno
+
+
+def unparse_dotted(node: ast.expr) -> str:
+    """``a.b.c`` of an attribute chain that begins with a name; otherwise nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (head := unparse_dotted(node.value)):
+        return f"{head}.{node.attr}"
+    return ""
+
+
+def is_within(name: str, library: str) -> bool:
+    return name == library or name.startswith(library + ".")
+
+
+def test_a_package_imports_only_those_to_its_left() -> None:
+    wrong = []
+    for path in sources(*MAY_IMPORT):
+        package, module = path.parent.name, f"{path.parent.name}.{path.stem}"
+        for name, line in names_used(ast.parse(path.read_text())):
+            parts = name.split(".")
+            if parts[0] in MAY_IMPORT:
+                wrong.append(f"{relative(path)}:{line} imports {name}, which is installed as cuboid.{name}")
+            if parts[0] != "cuboid" or len(parts) < 2:
+                continue
+            if parts[1] not in MAY_IMPORT[package] | {package}:
+                wrong.append(f"{relative(path)}:{line} imports {name}")
+            if module in AXES and ".".join(parts[1:3]) in AXES - {module}:
+                wrong.append(f"{relative(path)}:{line} imports another axis, {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_library_has_its_door() -> None:
+    wrong = []
+    for path in sources(*MAY_IMPORT):
+        for name, line in names_used(ast.parse(path.read_text())):
+            for library, files in DOORS.items():
+                if is_within(name, library) and relative(path) not in files:
+                    wrong.append(f"{relative(path)}:{line} uses {name}; {library} belongs to {files or 'nobody'}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_ruff_guards_the_same_doors() -> None:
+    assert set(RUFF["flake8-tidy-imports"]["banned-api"]) == set(DOORS)
+    (doors,) = (glob for glob, codes in RUFF["per-file-ignores"].items() if codes == ["TID251"] and glob[0] == "{")
+    assert set(doors.strip("{}").split(",")) == set().union(*DOORS.values())
+
+
+def test_the_floor_imports_no_torch() -> None:
+    """In one fresh interpreter, so that also what a file imports through another is seen."""
+    modules = [f"cuboid.{name.removesuffix('.py').replace('/', '.')}" for name in floor()]
+    script = (
+        "import importlib, sys\n"
+        f"for name in {modules}:\n"
+        "    importlib.import_module(name)\n"
+        f"    heavy = set({sorted(HEAVY)}) & sys.modules.keys()\n"
+        "    assert not heavy, f'{name} imports {heavy}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_folder_refuses_its_bare_name(package: str) -> None:
+    spec = importlib.util.spec_from_file_location(package, ROOT / package / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=f"cuboid.{package}"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def too_large(path: Path) -> Iterator[str]:
+    """What in the file is over a budget: file 400 lines, class 250, function 70, 8 parameters; and `global`."""
+    text = path.read_text()
+    if (lines := text.count("\n")) > 400:
+        yield f"{relative(path)}: {lines} lines, over 400"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Global):
+            yield f"{relative(path)}:{node.lineno} global {', '.join(node.names)}"
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        where, length = f"{relative(path)}:{node.lineno} {node.name}", (node.end_lineno or 0) - node.lineno + 1
+        budget = 250 if isinstance(node, ast.ClassDef) else 70
+        if length > budget:
+            yield f"{where}: {length} lines, over {budget}"
+        if not isinstance(node, ast.ClassDef):
+            named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len([argument for argument in named if argument.arg not in ("self", "cls")])
+            if count > 8:
+                yield f"{where}: {count} parameters, over 8"
+
+
+def test_nothing_outgrows_its_budget() -> None:
+    wrong = [line for path in sources() for line in too_large(path)]
+    assert not wrong, "\n".join(wrong)
