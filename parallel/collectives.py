@@ -13,12 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed both and warns at every call of the old names, the only ones that 2.11 has
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def all_gather_tokens(x_BtD: Tensor, group: ProcessGroup) -> Tensor:
     """[B, t, D] on each rank -> [B, T, D] on every rank."""
     ranks, (batch, tokens, *rest) = group.size(), x_BtD.shape
     gathered = x_BtD.new_empty(ranks * batch, tokens, *rest)
-    dist.all_gather_into_tensor(gathered, x_BtD.contiguous(), group=group)
+    _all_gather(gathered, x_BtD.contiguous(), group=group)
     if batch == 1:  # ranks and tokens are neighbours already
         return gathered.view(1, ranks * tokens, *rest)
     return gathered.view(ranks, batch, tokens, *rest).transpose(0, 1).reshape(batch, ranks * tokens, *rest)
@@ -30,7 +34,7 @@ def reduce_scatter_tokens(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
     assert tokens % ranks == 0, f"{tokens} tokens do not divide by {ranks} ranks"
     by_rank = x_BTD.reshape(batch, ranks, tokens // ranks, *rest).transpose(0, 1).contiguous()
     summed = x_BTD.new_empty(batch, tokens // ranks, *rest)
-    dist.reduce_scatter_tensor(summed, by_rank.view(ranks * batch, tokens // ranks, *rest), group=group)
+    _reduce_scatter(summed, by_rank.view(ranks * batch, tokens // ranks, *rest), group=group)
     return summed
 
 

@@ -43,13 +43,16 @@ class TiedWeights:
 
     def __init__(self, stages: Sequence[Stage], block: Block) -> None:
         self.copies: list[nn.Parameter] = []
-        self.group = None
+        self.second: nn.Parameter | None = None
+        """This rank's copy that is not the embedding itself: it counts in no norm."""
+        self.group: dist.ProcessGroup | None = None
         if not stages[0].anatomy.tied:
             return
         anatomy = stages[0].anatomy
         for stage in stages:
             names = dict(stage.named_parameters())  # one entry where one stage holds both ends
             self.copies += [names[key] for key in (anatomy.embedding_weight, anatomy.head_weight) if key in names]
+            self.second = names.get(anatomy.head_weight, self.second)
         column = dist.get_process_group_ranks(block.mesh["pipeline"].get_group())
         ends = [column[0], column[-1]]
         if len(column) > 1 and block.rank in ends and len(self.copies) == 1:
@@ -62,9 +65,6 @@ class TiedWeights:
             last.copy_(first)
         elif self.group is not None:
             dist.all_reduce(local(self.copies[0].grad), group=self.group)
-
-    def __contains__(self, parameter: nn.Parameter) -> bool:
-        return any(parameter is copy for copy in self.copies)
 
 
 def replicas(tensor: Tensor, sizes: Mapping[str, int]) -> int:

@@ -57,7 +57,9 @@ class Stage(nn.Module):
     returns logits [B, T, V_local]. T_local and V_local are smaller than T and V under tensor parallelism.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], *, anatomy: Anatomy, masks: Callable[[Tensor], Masks]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], *, anatomy: Anatomy, masks: Callable[[Tensor], Masks]
+    ) -> None:
         super().__init__()
         base = model.get_submodule(anatomy.base)
         part = nn.Module()

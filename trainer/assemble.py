@@ -1,0 +1,97 @@
+"""The one ordered assembly: from a recipe and a live block of ranks to an engine that can step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cuboid.parallel.data import apply_data_parallel
+from cuboid.parallel.gradients import TiedWeights
+from cuboid.parallel.loss import SummedCrossEntropy
+from cuboid.parallel.mesh import Block
+from cuboid.parallel.pipeline import Pipeline
+from cuboid.parallel.schedules import SCHEDULES, stage_indices
+from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage
+from cuboid.parallel.tensor import apply_tensor_parallel
+from cuboid.trainer.engine import NativeEngine
+from cuboid.trainer.model import Blueprint, initialise_buffers
+from cuboid.trainer.optimizer import ShardedAdamW
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.weights import CopyInto, fill
+
+
+def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> NativeEngine:
+    """Build this rank's part of the run. Why each line stands where it does is said beside it."""
+    settings, tensor_mesh, data_mesh = recipe.parallel, block.mesh["tensor"], block.mesh["data"]
+    indices, num_stages = _stage_indices(recipe, block)
+    # cut on meta first: nothing that this rank does not compute ever takes memory
+    stages = [
+        cut_stage(blueprint.model, i, num_stages, anatomy=blueprint.anatomy, masks=blueprint.masks) for i in indices
+    ]
+    for stage in stages:
+        # before sharding over data: FSDP shards what tensor parallelism left to this rank
+        apply_tensor_parallel(stage, tensor_mesh, blueprint.plan, sequence=settings.sequence)
+        # before sharding, so that a layer's parameters are gathered once around its recomputation
+        if settings.activation_checkpointing == "full":
+            apply_activation_checkpointing(stage)
+        apply_data_parallel(
+            stage, data_mesh, shard=settings.shard is True, reshard_after_forward=reshards_after_forward(recipe)
+        )
+        # only now memory: shards alone, on their device
+        stage.to_empty(device=block.device)
+        initialise_buffers(blueprint, stage)
+    parameters = named_parameters(stages)
+    fill(parameters, weights)
+    # after the values: the optimizer works on views of the final shards
+    optimizer = ShardedAdamW(parameters, recipe.optimizer)
+    loss = SummedCrossEntropy(tensor_mesh.get_group())
+    pipeline = Pipeline(
+        dict(zip(indices, stages, strict=True)),
+        schedule=settings.schedule,
+        microbatches=settings.microbatches,
+        group=block.mesh["pipeline"].get_group(),
+        loss=loss,
+        **_microbatch_shapes(recipe, blueprint, block),
+    )
+    return NativeEngine(
+        block=block,
+        pipeline=pipeline,
+        loss=loss,
+        parameters=parameters,
+        tied=TiedWeights(stages, block),
+        optimizer=optimizer,
+        clip_grad_norm=recipe.optimizer.clip_grad_norm,
+    )
+
+
+def named_parameters(stages: list[Stage]) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter of this rank under its global name; a tied copy comes under the embedding's."""
+    return [
+        (stage.anatomy.global_name(name), parameter) for stage in stages for name, parameter in stage.named_parameters()
+    ]
+
+
+def reshards_after_forward(recipe: Recipe) -> bool:
+    """Under a pipeline many microbatches are in flight: gathering again for each backward would multiply traffic."""
+    reshard = recipe.parallel.reshard
+    return recipe.parallel.pipeline == 1 if reshard == "auto" else reshard
+
+
+def _stage_indices(recipe: Recipe, block: Block) -> tuple[tuple[int, ...], int]:
+    settings = recipe.parallel
+    virtual = settings.virtual_stages or SCHEDULES[settings.schedule].default_virtual_stages
+    indices = stage_indices(
+        settings.schedule, pipeline=settings.pipeline, rank=block.coordinate.pipeline, virtual_stages=virtual
+    )
+    return indices, settings.pipeline * virtual
+
+
+def _microbatch_shapes(recipe: Recipe, blueprint: Blueprint, block: Block) -> dict[str, torch.Tensor]:
+    """On meta, for one microbatch: hidden states between stages [B, T_local, D], logits [B, T, V_local]."""
+    batch, tokens, ranks = recipe.batch_plan.microbatch_size, recipe.data.sequence_length, block.layout.tensor
+    tokens_local = tokens // ranks if recipe.parallel.sequence else tokens
+    config, dtype = blueprint.config, blueprint.model.dtype
+    return {
+        "boundary": torch.empty(batch, tokens_local, config.hidden_size, dtype=dtype, device="meta"),
+        "logits": torch.empty(batch, tokens, config.vocab_size // ranks, dtype=dtype, device="meta"),
+    }

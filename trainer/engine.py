@@ -1,0 +1,108 @@
+"""The native engine: one exact optimizer step over the block of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cuboid.parallel.gradients import TiedWeights, clip, close_sums, squared_norm
+from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
+from cuboid.parallel.mesh import Block
+from cuboid.parallel.pipeline import Pipeline
+from cuboid.trainer.data import Batch
+from cuboid.trainer.optimizer import ShardedAdamW
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient norm of a step is NaN or infinite; the parameters were not touched."""
+
+    def __init__(self, loss: float, grad_norm: float) -> None:
+        self.loss, self.grad_norm = loss, grad_norm
+        super().__init__(f"loss {loss}, gradient norm {grad_norm}")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step says of itself, the same on every rank."""
+
+    loss: float
+    """Mean over the valid tokens of the global batch, before the update."""
+    grad_norm: float
+    """Global norm of the gradient of that mean, before clipping."""
+    tokens: int
+    """Valid (predicted) tokens of the global batch."""
+
+
+@dataclass(kw_only=True)
+class NativeEngine:
+    """Pipeline, gradients and update of this rank; ``parameters`` have global names."""
+
+    block: Block
+    pipeline: Pipeline
+    loss: SummedCrossEntropy
+    parameters: Sequence[tuple[str, nn.Parameter]]
+    tied: TiedWeights
+    optimizer: ShardedAdamW
+    clip_grad_norm: float | None
+
+    def step(self, batch: Batch, *, learning_rate: float) -> StepResult:
+        """One update from this data rank's share of the global batch.
+
+        Raises:
+            NotFinite: before the update, on every rank at once.
+        """
+        result = self.backward(batch)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise NotFinite(result.loss, result.grad_norm)
+        self.update(result, learning_rate=learning_rate)
+        return result
+
+    def backward(self, batch: Batch) -> StepResult:
+        """Loss, complete gradients and their global norm; nothing is updated."""
+        device = self.block.device
+        tokens = self._count_tokens(batch.labels)
+        # a batch without a single valid token has loss 0 and gradient 0
+        self.loss.num_valid_tokens = max(tokens, 1)
+        ends = self.pipeline
+        loss = ends.step(
+            batch.input_ids.to(device) if ends.is_first else None,
+            batch.labels.to(device) if ends.is_last else None,
+            position_ids=batch.position_ids.to(device),
+        )
+        parameters = [parameter for _, parameter in self.parameters]
+        close_sums(parameters)
+        self.tied.sum_gradients()
+        return self._sum_over_block(loss, parameters, tokens)
+
+    def update(self, result: StepResult, *, learning_rate: float) -> None:
+        """Clip by the global norm and step the optimizer."""
+        if self.clip_grad_norm is not None:
+            clip((p for _, p in self.parameters), norm=result.grad_norm, limit=self.clip_grad_norm)
+        self.optimizer.step(learning_rate)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds as tensors, by global name; loading writes into these."""
+        state = {f"model.{name}": parameter.detach() for name, parameter in self.parameters}
+        return state | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+
+    def _count_tokens(self, labels: Tensor) -> int:
+        count = (labels != IGNORE).sum().to(self.block.device)
+        dist.all_reduce(count, group=self.block.mesh["data"].get_group())
+        return int(count)
+
+    def _sum_over_block(self, loss: Tensor | None, parameters: Sequence[nn.Parameter], tokens: int) -> StepResult:
+        """One small exchange makes loss and squared norm the same number on every rank."""
+        sizes: Mapping[str, int] = {"data": self.block.layout.data, "tensor": self.block.layout.tensor}
+        counted = [p for p in parameters if p is not self.tied.second]
+        shares = torch.zeros(2, dtype=torch.float64, device=self.block.device)
+        if loss is not None:
+            shares[0] = loss.double() / sizes["tensor"]  # every tensor rank computed the same loss
+        shares[1] = squared_norm(counted, sizes)
+        dist.all_reduce(shares)
+        loss_sum, squared = shares.tolist()
+        return StepResult(loss_sum, math.sqrt(squared), tokens)

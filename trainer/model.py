@@ -1,0 +1,190 @@
+"""The transformers door: a model's shape on `meta`, its parts and tensor plan as data, its weights into shards."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from cuboid.parallel.errors import FieldError, UserError
+from cuboid.parallel.stages import Anatomy, Masks
+from cuboid.parallel.tensor import Plan, Role, pattern
+
+_ROLES = {
+    "colwise": Role.COLUMN,
+    "rowwise": Role.ROW,
+    "replicated_with_grad_allreduce": Role.HEADS,
+}
+"""What transformers' plans call the roles; a style that is not here is refused by name."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A causal language model before any rank owns a weight of it."""
+
+    config: transformers.PretrainedConfig
+    model: transformers.PreTrainedModel
+    """On `meta`: shapes and modules, no memory."""
+    anatomy: Anatomy
+    plan: Plan
+    """Empty where the family has no tensor plan; the recipe check refuses a tensor axis then."""
+
+    def masks(self, position_ids: Tensor) -> Masks:
+        """Attention mask of each kind of layer for positions [B, T]; where they start again, a new document begins."""
+        shape = torch.empty(*position_ids.shape, 0, dtype=self.model.dtype, device=position_ids.device)
+        return {
+            kind: _MASKS[kind](
+                config=self.config,
+                inputs_embeds=shape,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=position_ids,
+            )
+            for kind in set(self.anatomy.layer_kinds)
+        }
+
+
+_MASKS: Mapping[str, Callable[..., Any]] = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+def draw_blueprint(config: transformers.PretrainedConfig, *, attention: str = "auto") -> Blueprint:
+    """Build the model's shape on `meta` and find its parts.
+
+    Raises `FieldError` for a family whose parts or attention are not of the known shape.
+    """
+    config.use_cache = False
+    with torch.device("meta"):
+        kwargs = {} if attention == "auto" else {"attn_implementation": attention}
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
+    anatomy = _anatomy(model)
+    return Blueprint(config, model.train(), anatomy, _tensor_plan(model, anatomy))
+
+
+def read_config(*, pretrained: str | None, values: Mapping[str, Any] | None) -> transformers.PretrainedConfig:
+    """The config of a local folder or hub id, or the one spelled out in the recipe."""
+    if pretrained is not None:
+        return transformers.AutoConfig.from_pretrained(pretrained)
+    assert values is not None
+    arguments = dict(values)
+    return transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+
+
+def _anatomy(model: transformers.PreTrainedModel) -> Anatomy:
+    """Check that the model has the parts that a stage computes, and nothing beside them."""
+    config = model.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    anatomy = Anatomy(tuple(kinds), base=model.base_model_prefix, tied=bool(config.tie_word_embeddings))
+    base = model.get_submodule(anatomy.base)
+    known = {anatomy.embedding, anatomy.layers, anatomy.norm, anatomy.rotary}
+    children = {name for name, _ in base.named_children()}
+    strange = sorted((children ^ known) | {name for name, _ in model.named_children()} ^ {anatomy.base, anatomy.head})
+    unknown_kinds = sorted(set(kinds) - set(_MASKS))
+    if strange or unknown_kinds:
+        raise FieldError(
+            "model.model_type",
+            config.model_type,
+            f"has parts that cannot be cut into stages yet: {', '.join(strange + unknown_kinds)}",
+            "use a family of Llama's shape, such as llama or qwen3",
+        )
+    return anatomy
+
+
+def _tensor_plan(model: transformers.PreTrainedModel, anatomy: Anatomy) -> Plan:
+    """Translate the config's own plan, and declare what it leaves out: embedding, head and the residual stream's norms.
+
+    Complete by construction or refused: every module with parameters gets a role.
+    """
+    theirs: Mapping[str, str] = model.config.base_model_tp_plan or {}
+    if not theirs:
+        return {}
+    plan: dict[str, Role] = {
+        f"{anatomy.base}.{anatomy.embedding}": Role.EMBEDDING,
+        f"{anatomy.base}.{anatomy.norm}": Role.TOKENS,
+        anatomy.head: Role.HEAD,
+    }
+    layer = f"{anatomy.base}.{anatomy.layers}.*"
+    without: list[str] = []
+    for name, module in model.named_modules():
+        key = pattern(name)
+        if not module._parameters or key in plan:
+            continue
+        style = theirs.get(key.removeprefix(f"{anatomy.base}."))
+        if style in _ROLES:
+            plan[key] = _ROLES[style]
+        elif style is None and key.rpartition(".")[0] == layer and "norm" in type(module).__name__.lower():
+            plan[key] = Role.TOKENS
+        else:
+            without.append(f"{key} ({style or 'not in the plan'})")
+    unmatched = [key for key in theirs if f"{anatomy.base}.{key}" not in plan]
+    if without or unmatched:
+        raise FieldError(
+            "model.model_type",
+            model.config.model_type,
+            f"has modules that tensor parallelism cannot divide yet: {', '.join(without + unmatched)}",
+            "use parallel.tensor=1",
+        )
+    return plan
+
+
+def seeded_tensors(blueprint: Blueprint, *, seed: int) -> Callable[[str], Tensor]:
+    """Initial weights by global name, the same on every mesh: ``read(name)`` gives the full tensor on the CPU.
+
+    Each module is initialised alone by the family's own rule (`_init_weights`), from a generator that is seeded by the
+    run's seed and the module's name; so neither the order nor the rank that asks matters.
+    """
+
+    def read(name: str) -> Tensor:
+        owner, _, parameter = name.rpartition(".")
+        module = _materialised(blueprint.model.get_submodule(owner))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed_of(seed, owner))
+            blueprint.model._init_weights(module)
+        return module.get_parameter(parameter).detach()
+
+    return read
+
+
+def initialise_buffers(blueprint: Blueprint, stage: nn.Module) -> None:
+    """Compute the buffers that no file holds (rotary frequencies), in place, after `to_empty`."""
+    for name, module in stage.named_modules():
+        if module._buffers:
+            if "RotaryEmbedding" not in type(module).__name__:
+                raise UserError(f"{name} ({type(module).__name__}) has buffers that cannot be rebuilt yet")
+            with torch.no_grad():
+                blueprint.model._init_weights(module)
+
+
+def _materialised(module: nn.Module) -> nn.Module:
+    """A CPU copy of one `meta` module without its children."""
+    twin = copy.copy(module)
+    twin._modules = {}
+    twin._parameters = {
+        key: None if value is None else nn.Parameter(torch.empty(value.shape, dtype=value.dtype))
+        for key, value in module._parameters.items()
+    }
+    return twin
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+
+
+def local_folder(pretrained: str) -> Path:
+    """The folder with a pretrained model's safetensors and config, downloaded from the hub where it is not local."""
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(pretrained, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))

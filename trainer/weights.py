@@ -1,0 +1,110 @@
+"""Weights -> shards: every rank fills what it owns, from a seed or straight from safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from cuboid.parallel.errors import UserError
+from cuboid.parallel.gradients import local
+
+_BLOCK_BYTES = 8 * 2**20
+"""A tensor is copied from its file in blocks of about this size: what a rank holds beside its shard."""
+
+CopyInto = Callable[[str, tuple[slice, ...], Tensor], None]
+"""Writes the part of a named full tensor that the slices cut out into a local tensor."""
+
+
+@torch.no_grad()
+def fill(parameters: Iterable[tuple[str, nn.Parameter]], copy_into: CopyInto) -> None:
+    """Give every parameter's local shard its values. Names are global ones."""
+    for name, parameter in parameters:
+        copy_into(name, owned_slices(parameter), local(parameter))
+
+
+def owned_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds, one slice a dimension."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def from_full(read: Callable[[str], Tensor]) -> CopyInto:
+    """Cut shards out of full tensors that ``read`` makes one at a time."""
+
+    def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
+        target.copy_(read(name)[part])
+
+    return copy_into
+
+
+def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: str) -> CopyInto:
+    """Read shards straight from the safetensors files of a Hugging Face folder.
+
+    Args:
+        folder: holds ``model.safetensors``, or several files with ``model.safetensors.index.json``.
+        shapes: what the model expects, by global name.
+        base: prefix that a file of the base model alone leaves out (``model``).
+
+    Raises:
+        UserError: where a tensor is missing or of another shape, or the index points outside the folder.
+    """
+    files = _tensor_files(folder)
+    places: dict[str, tuple[Path, str]] = {}
+    wrong: list[str] = []
+    for name, shape in shapes.items():
+        stored = next((key for key in (name, name.removeprefix(f"{base}.")) if key in files), None)
+        if stored is None:
+            wrong.append(f"{name} is missing")
+            continue
+        places[name] = (files[stored], stored)
+        with safe_open(files[stored], framework="pt") as file:
+            found = torch.Size(file.get_slice(stored).get_shape())
+        if found != shape:
+            wrong.append(f"{name} has shape {list(found)}, the config says {list(shape)}")
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise UserError(f"model.pretrained={folder}: {'; '.join(wrong[:5])}{more}")
+
+    def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
+        path, stored = places[name]
+        row_bytes = max(1, prod(target.shape[1:]) * target.element_size())
+        rows = max(1, _BLOCK_BYTES // row_bytes)
+        for start in range(0, max(1, target.shape[0]) if target.dim() else 1, rows):
+            stop = min(start + rows, target.shape[0])
+            block = slice(part[0].start + start, part[0].start + stop)
+            with safe_open(path, framework="pt") as file:  # opened anew: a mapping's pages would stay with the rank
+                target[start:stop].copy_(file.get_slice(stored)[(block, *part[1:])])
+
+    return copy_into
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """File of each tensor name; an index may only name files of its own folder."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        if index.is_file():
+            names = json.loads(index.read_text())["weight_map"]
+            outside = sorted({file for file in names.values() if Path(file).name != file})
+            if outside:
+                raise UserError(
+                    f"{index} points outside its folder: {outside[0]}; only names of files beside it are read"
+                )
+            return {name: folder / file for name, file in names.items()}
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no readable safetensors: {error}") from None
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    hint = f"; {pickles[0].name} is a pickle, which is never read" if pickles else ""
+    raise UserError(f"model.pretrained={folder} has no model.safetensors{hint}; save it with save_pretrained")
