@@ -27,7 +27,7 @@ AXES = {"parallel.tensor", "parallel.expert", "parallel.data", "parallel.pipelin
 
 DOORS = {
     "datasets": {"trainer/corpus.py"},
-    "huggingface_hub": {"trainer/model.py"},
+    "huggingface_hub": {"trainer/model.py", "trainer/model_config.py"},
     "matplotlib": {"trainer/timeline.py"},
     "pydantic": {"trainer/recipe.py"},
     "ray": {"launch/ray_cluster.py"},
@@ -38,7 +38,13 @@ DOORS = {
     "torch.distributed.init_process_group": {"parallel/mesh.py"},
     "torch.distributed.pipelining": {"parallel/pipeline.py"},
     "trackio": {"trainer/track.py"},
-    "transformers": {"trainer/model.py", "trainer/tokenizer.py", "trainer/export.py", "recipes/prepare_smollm2.py"},
+    "transformers": {
+        "trainer/model.py",
+        "trainer/model_config.py",
+        "trainer/tokenizer.py",
+        "trainer/export.py",
+        "recipes/prepare_smollm2.py",
+    },
     "typer": {"launch/cli.py"},
     "wandb": {"trainer/track.py"},
     "yaml": {"trainer/recipe_yaml.py"},

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from cuboid.parallel.errors import one_of
-from cuboid.parallel.layout import BatchPlan, Layout
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -26,6 +24,9 @@ from pydantic.fields import FieldInfo as FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from pydantic_core import ErrorDetails as ErrorDetails
+
+from cuboid.parallel.errors import one_of
+from cuboid.parallel.layout import BatchPlan, Layout
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class DataSettings(Settings):
     kind: Annotated[Literal["text", "chat", "instruct", "tokens"], Offered(("text",))]
     """text: running text, every token is predicted."""
     path: Text | Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
-    """A local file or folder, a list of them, a hub id of datasets, or package:NAME for a built-in corpus."""
+    """A local file, folder or glob, a hub id of datasets, package:stdlib for the built-in corpus, or a list of these."""
     split: Text = "train"
     """Split of a hub data set."""
     text_column: Text = "text"
@@ -129,8 +130,8 @@ class DataSettings(Settings):
     """auto: the model's own, or bytes where the model comes from a config; bytes; or a local folder or hub id."""
     sequence_length: Annotated[int, Field(ge=2)]
     """Tokens in one sequence, all of them predicted but those at a document's end."""
-    packing: Annotated[bool, Offered((True,))] = True
-    """Documents are packed into full sequences."""
+    packing: bool = True
+    """true: documents one after another fill every sequence; false: a document a sequence, cut or filled up."""
     cross_documents: bool = False
     """false: attention and positions start anew at each document; true: a sequence is one running text."""
 
@@ -240,6 +241,8 @@ class LaunchSettings(Settings):
 
     launcher: Literal["ray", "local"] = "ray"
     """ray: Ray Train on a local or given cluster; local: processes of this command, without Ray."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where there are any, one for each rank; else cores of the CPU, which ranks may outnumber."""
     address: Text | None = None
     """Address of a running Ray cluster; null: a local one of this run's own."""
     max_failures: CountOrZero = 10

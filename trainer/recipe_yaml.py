@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import yaml
+
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.recipe_errors import Path, shown
 

@@ -1,0 +1,234 @@
+"""What no field can tell alone: the recipe against itself, the model and the machine, before any process starts.
+
+Each check yields every error it finds, with the values that would work. Imports no torch until the model is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
+from cuboid.parallel.layout import divisors
+from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.recipe import LaunchSettings, Recipe
+
+if TYPE_CHECKING:
+    from cuboid.trainer.model_config import PretrainedConfig
+
+_Result = TypeVar("_Result")
+
+RANKS_PER_CORE = 32
+"""Bound on CPU ranks: a rank takes some 200 MB, so that more are a typing error and not a plan."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What ranks can run on: ``kind`` is cuda (one rank a GPU) or cpu (``count`` cores, which ranks may outnumber)."""
+
+    kind: str
+    count: int
+    where: str = "this machine"
+
+    @property
+    def most_ranks(self) -> int:
+        return self.count * (1 if self.kind == "cuda" else RANKS_PER_CORE)
+
+    def __str__(self) -> str:
+        unit = "GPU" if self.kind == "cuda" else "core"
+        return f"{self.count} {unit}{'' if self.count == 1 else 's'} of {self.where}"
+
+
+def local_devices(settings: LaunchSettings) -> Devices:
+    """What this machine offers for ``launch.device``; raises FieldError where cuda is asked for and absent."""
+    num_gpus = 0
+    if settings.device != "cpu":
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    if num_gpus:
+        return Devices("cuda", num_gpus)
+    if settings.device == "cuda":
+        raise FieldError("launch.device", "cuda", "finds no GPU here that torch can use", "use cpu or auto")
+    return Devices("cpu", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def resolve_devices(recipe: Recipe, devices: Devices) -> Recipe:
+    """The recipe with ``launch.device`` and ``parallel.data`` settled where they say auto."""
+    parallel, inner = recipe.parallel, recipe.parallel.pipeline * recipe.parallel.tensor
+    if parallel.data == "auto":
+        if devices.kind == "cuda" and inner > devices.count:
+            constraint = f"has no room: pipeline x tensor = {inner} ranks on {devices}"
+            raise FieldError("parallel.data", "auto", constraint, f"use a pipeline x tensor of at most {devices.count}")
+        parallel = parallel.model_copy(update={"data": max(1, devices.count // inner)})
+    launch = recipe.launch.model_copy(update={"device": devices.kind})
+    return recipe.model_copy(update={"parallel": parallel, "launch": launch})
+
+
+def check(recipe: Recipe, devices: Devices | None) -> None:
+    """Raises UserErrors with everything that is wrong between fields, model and machine.
+
+    Args:
+        recipe: resolved by `resolve_devices`.
+        devices: of the machine or cluster; None where they are not known before the launch.
+    """
+    errors = [
+        *(rank_errors(recipe, devices) if devices else ()),
+        *_batch_errors(recipe),
+        *_schedule_errors(recipe),
+        *_length_errors(recipe),
+        *_folder_errors(recipe),
+    ]
+    model_errors, config = _attempt(lambda: _config(recipe))
+    errors += model_errors
+    if config is not None:
+        errors += [*_tensor_errors(recipe, config), *_stage_errors(recipe, config), *_model_errors(recipe, config)]
+    errors += _data_errors(recipe, config)
+    if errors:
+        raise UserErrors(errors)
+
+
+def rank_errors(recipe: Recipe, devices: Devices) -> Iterator[UserError]:
+    """Ranks against the machine or cluster."""
+    layout = recipe.layout
+    if layout.world_size <= devices.most_ranks:
+        return
+    inner = layout.pipeline * layout.tensor
+    fits = devices.most_ranks // inner
+    remedy = f"use parallel.data={fits}" if fits else f"use at most {devices.most_ranks} ranks in all"
+    bound = f"{devices}" if devices.kind == "cuda" else f"{devices} ({RANKS_PER_CORE} ranks a core at most)"
+    if devices.kind == "cuda":
+        remedy += ", or launch.device=cpu"
+    yield FieldError("parallel", layout, f"makes {layout.world_size} ranks, more than the {bound}", remedy)
+
+
+def _batch_errors(recipe: Recipe) -> Iterator[UserError]:
+    yield from _attempt(lambda: recipe.batch_plan)[0]
+    warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
+    if warmup > steps:
+        remedy = f"use at most {steps}"
+        yield FieldError("optimizer.warmup_steps", warmup, f"is more than train.steps={steps}", remedy)
+
+
+def _schedule_errors(recipe: Recipe) -> list[UserError]:
+    return SCHEDULES[recipe.parallel.schedule].check(
+        pipeline=recipe.parallel.pipeline,
+        virtual_stages=virtual_stages(recipe),
+        microbatches=recipe.parallel.microbatches,
+    )
+
+
+def virtual_stages(recipe: Recipe) -> int:
+    """Stages of each pipeline rank."""
+    return recipe.parallel.virtual_stages or SCHEDULES[recipe.parallel.schedule].default_virtual_stages
+
+
+def _length_errors(recipe: Recipe) -> Iterator[UserError]:
+    length, tensor = recipe.data.sequence_length, recipe.parallel.tensor
+    if recipe.parallel.sequence and length % tensor:
+        below = length // tensor * tensor
+        works = one_of([value for value in (below, below + tensor) if value >= 2])
+        constraint = f"is not a multiple of parallel.tensor={tensor}, whose ranks share each sequence"
+        yield FieldError("data.sequence_length", length, constraint, f"use {works}, or parallel.sequence=false")
+
+
+def _folder_errors(recipe: Recipe) -> Iterator[UserError]:
+    runs = Path(recipe.runs).expanduser()
+    far = recipe.launch.address is not None or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if far and recipe.launch.launcher == "ray" and not runs.is_absolute():
+        constraint = "is relative, and a cluster's nodes and jobs each have a working directory of their own"
+        yield FieldError("runs", recipe.runs, constraint, "use an absolute path that every node sees")
+    existing = runs / recipe.name
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        constraint = f"cannot be written: {existing}: {error.strerror}"
+        yield FieldError("runs", recipe.runs, constraint, "use a folder that you may write to")
+
+
+def _config(recipe: Recipe) -> PretrainedConfig:
+    from cuboid.trainer.model_config import read_checked_config
+
+    return read_checked_config(recipe.model)
+
+
+def _tensor_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:
+    """Heads, features and vocabulary are divided whole among tensor ranks."""
+    tensor, model = recipe.parallel.tensor, recipe.model.pretrained or f"this {config.model_type}"
+    if tensor == 1:
+        return
+    if not getattr(config, "base_model_tp_plan", None):
+        constraint = f"has no plan: transformers' {config.model_type} does not say how its layers are divided"
+        yield FieldError("parallel.tensor", tensor, constraint, "use 1")
+        return
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    sizes = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
+    failing = [f"{name}={value}" for name, value in sizes.items() if value % tensor]
+    if not failing:
+        return
+    remedy = f"use {one_of(divisors(gcd(*sizes.values())))}"
+    vocabulary = sizes["vocab_size"]
+    if recipe.model.config is not None and failing == [f"vocab_size={vocabulary}"]:
+        remedy += f", or model.config.vocab_size={-(-vocabulary // tensor) * tensor} (spare ids do no harm)"
+    constraint = f"does not divide {' and '.join(failing)} of {model}"
+    yield FieldError("parallel.tensor", tensor, constraint, remedy)
+
+
+def _stage_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:
+    layers, pipeline, virtual = config.num_hidden_layers, recipe.parallel.pipeline, virtual_stages(recipe)
+    if pipeline * virtual <= layers:
+        return
+    made = (
+        f"with {virtual} stages a rank makes {pipeline * virtual} stages" if virtual > 1 else f"makes {pipeline} stages"
+    )
+    remedy = f"use at most {layers // virtual}" if layers >= virtual else "use schedule 1f1b"
+    yield FieldError("parallel.pipeline", pipeline, f"{made}, more than num_hidden_layers={layers}", remedy)
+
+
+def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:
+    length, longest = recipe.data.sequence_length, getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        more = ", or a larger model.config.max_position_embeddings" if recipe.model.config is not None else ""
+        constraint = f"is longer than the model's max_position_embeddings={longest}"
+        yield FieldError("data.sequence_length", length, constraint, f"use at most {longest}{more}")
+    from cuboid.trainer.model import draw_blueprint
+
+    try:
+        yield from _attempt(lambda: draw_blueprint(config, attention=recipe.model.attention))[0]
+    except (
+        ValueError,
+        ImportError,
+    ) as error:  # transformers' own words for an attention kernel or value it cannot take
+        yield UserError(f"model: transformers cannot build this {config.model_type}: {error}")
+
+
+def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[UserError]:
+    from cuboid.trainer.corpus import find_corpus
+    from cuboid.trainer.tokenizer import open_tokenizer
+
+    data = recipe.data
+    path = data.path if isinstance(data.path, str) else list(data.path)
+    yield from _attempt(lambda: find_corpus(path, text_column=data.text_column, split=data.split))[0]
+    if config is not None:
+        size = config.vocab_size
+        yield from _attempt(
+            lambda: open_tokenizer(data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=size)
+        )[0]
+
+
+def _attempt(action: Callable[[], _Result]) -> tuple[list[UserError], _Result | None]:
+    """The errors of an action that raises them, and else its result."""
+    try:
+        return [], action()
+    except UserErrors as error:
+        return list(error.errors), None
+    except UserError as error:
+        return [error], None

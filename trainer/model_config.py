@@ -1,0 +1,107 @@
+"""A model's config with every mistake in words: no such folder, unknown model_type, a key the family does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cuboid.parallel.errors import FieldError, UserError, UserErrors
+from cuboid.trainer.recipe import ModelSettings
+from cuboid.trainer.recipe_errors import nearest, shown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_HUB_SECONDS = 10
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def read_checked_config(settings: ModelSettings) -> PretrainedConfig:
+    """The transformers config of the recipe's model. Raises UserError where there is none; touches no weights."""
+    if settings.config is not None:
+        return _from_values(settings.config)
+    assert settings.pretrained is not None
+    return _from_pretrained(settings.pretrained)
+
+
+def _from_values(values: dict[str, Any]) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    family = values["model_type"]
+    if family not in CONFIG_MAPPING:
+        guess = nearest(family, list(CONFIG_MAPPING))
+        remedy = f"did you mean {guess}?" if guess else "use a family of Llama's shape, such as llama or qwen3"
+        raise FieldError("model.config.model_type", family, "is not a family that transformers knows", remedy)
+    if unknown := _unknown_keys(values, CONFIG_MAPPING[family]):
+        raise UserErrors(unknown)
+    arguments = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(family, **arguments)
+    except Exception as error:  # transformers checks values in many ways, each with its own class
+        constraint = f"cannot be made of these values: {_reason(error)}"
+        raise FieldError("model.config.model_type", family, constraint) from error
+
+
+def _unknown_keys(values: dict[str, Any], family: Any) -> list[UserError]:
+    """transformers keeps keys that it does not know and goes on, so that a typing error would be silent."""
+    known = {field.name for field in dataclasses.fields(family)} | set(family().to_dict()) | set(family.attribute_map)
+    errors: list[UserError] = []
+    for key in sorted(values.keys() - known):
+        guess = nearest(key, sorted(known))
+        remedy = f"did you mean {guess}?" if guess else "remove it"
+        errors.append(
+            FieldError(f"model.config.{key}", shown(values[key]), f"is not a key of {family.__name__}", remedy)
+        )
+    return errors
+
+
+def _from_pretrained(name: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    folder = Path(name).expanduser()
+    if folder.exists():
+        _check_folder(name, folder)
+    else:
+        _check_hub(name)
+    try:
+        return AutoConfig.from_pretrained(folder if folder.exists() else name, trust_remote_code=False)
+    except Exception as error:  # no network, no such revision, an unknown family, a broken file
+        raise FieldError("model.pretrained", name, f"has no config that can be read ({_reason(error)})") from error
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise FieldError("model.pretrained", name, "is a file", "give the folder with config.json and *.safetensors")
+    if not (folder / "config.json").is_file():
+        raise FieldError("model.pretrained", name, "has no config.json", "give a folder in Hugging Face's format")
+    if not any(folder.glob("*.safetensors")):
+        constraint = "has no *.safetensors; weights in a pickle (*.bin, *.pt) are never read"
+        raise FieldError("model.pretrained", name, constraint, "save the model again with save_pretrained")
+
+
+def _check_hub(name: str) -> None:
+    """One quick question to the hub, because transformers asks for half a minute where there is no network."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    missing = f"is no folder here ({Path.cwd()})"
+    if not _HUB_ID.fullmatch(name):
+        raise FieldError("model.pretrained", name, missing, "give an existing folder or a hub id")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise FieldError("model.pretrained", name, f"{missing} and no public model on the hub") from error
+    except Exception as error:  # the transport's own classes: no route, a proxy, a time-out
+        constraint = f"{missing}, and the hub cannot be asked ({_reason(error)})"
+        raise FieldError("model.pretrained", name, constraint, "make the folder, or connect to the network") from error
+
+
+def _reason(error: Exception) -> str:
+    """The part of a library's message that says what is wrong, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    last = lines[-1] if lines[0].endswith(":") else lines[0]
+    return re.sub(r"^\w*Error: ", "", last)
