@@ -167,7 +167,7 @@ def _json_lines(file: Path, text_column: str) -> Iterator[str]:
     try:
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
+                if line := line.strip():
                     yield _json_text(line, f"{file}, line {number}", text_column)
     except OSError as error:
         raise FieldError("data.path", file, f"cannot be read ({error.strerror})") from error
@@ -179,7 +179,7 @@ def _json_text(line: bytes, place: str, text_column: str) -> str:
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a JSON object is needed, this is a {type(row).__name__}")
+        raise UserError(f"{place}: a JSON object is needed, this is {type(row).__name__}")
     if text_column not in row:
         have = ", ".join(row) or "none"
         raise UserError(f"{place}: no column {text_column} (there are: {have}); set data.text_column")
@@ -190,7 +190,7 @@ def _as_text(value: object, place: str, text_column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place}: column {text_column} holds a {type(value).__name__}, not text; set data.text_column")
+        raise UserError(f"{place}: column {text_column} holds {type(value).__name__}, not text; set data.text_column")
     return value
 
 
@@ -207,11 +207,8 @@ def _load(name: str, source: str, text_column: str, **arguments: Any) -> Iterato
         table = datasets.load_dataset(source, **arguments)
     except Exception as error:  # not found, no network, no such split or config: datasets has many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        constraint = (
-            f"is no file or folder here, and datasets cannot load it ({reason})"
-            if source == name
-            else (f"cannot be loaded by datasets ({reason})")
-        )
+        missing = "" if os.path.exists(name) else "is no file or folder here, and "
+        constraint = f"{missing}cannot be loaded by datasets ({reason})"
         raise FieldError("data.path", name, constraint) from error
     if text_column not in table.column_names:
         have = ", ".join(table.column_names)

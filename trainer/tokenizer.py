@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,10 +51,14 @@ class PretrainedTokenizer:
     """A tokenizer of transformers, from a local folder or hub id; no code of the repository is run."""
 
     def __init__(self, name: str, *, field: str = "data.tokenizer") -> None:
+        place = Path(name).expanduser()
+        if name.startswith((".", "/", "~")) and not place.is_dir():
+            raise FieldError(field, name, "is no folder", f"give a folder (relative to {Path.cwd()}) or a hub id")
         try:
             from transformers import AutoTokenizer
 
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            source = str(place) if place.is_dir() else name
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # transformers tells a missing tokenizer in many ways
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FieldError(

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -31,6 +32,8 @@ from cuboid.trainer.tokenizer import Tokenizer
 _FORMAT = 1
 _BATCH_CHARACTERS = 1 << 22
 _PIECE_CHARACTERS = 1 << 20
+_GAP = re.compile(r"[^\W\d] [^\W\d]")
+_GAP_CHARACTERS = 2000
 _LOCK_POLL_SECONDS = 0.1
 _WAIT_TOLD_SECONDS = 10.0
 _PROGRESS_SECONDS = 5.0
@@ -184,11 +187,17 @@ def _encode(documents: list[str], tokenizer: Tokenizer, dtype: np.dtype[Any]) ->
 
 
 def _pieces(document: str) -> Iterator[str]:
-    """A long document in pieces cut at line ends, so that a file of gigabytes is not tokenised as one string."""
+    """A long document in pieces, so that a file of gigabytes is not tokenised as one string.
+
+    Cut before a space between two words, where a tokenizer divides the text anyway; else after a line, else anywhere.
+    """
     start = 0
     while len(document) - start > _PIECE_CHARACTERS:
-        cut = document.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
-        stop = cut if cut > start else start + _PIECE_CHARACTERS
+        limit = start + _PIECE_CHARACTERS
+        gaps = [gap.start() + 1 for gap in _GAP.finditer(document, limit - _GAP_CHARACTERS, limit)]
+        stop = gaps[-1] if gaps else document.rfind("\n", start, limit) + 1
+        if stop <= start:
+            stop = limit
         yield document[start:stop]
         start = stop
     yield document[start:]
