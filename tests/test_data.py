@@ -181,19 +181,32 @@ def test_files_folders_globs_and_lists(tmp_path):
     assert texts(tmp_path / "a" / "deep" / "rows.jsonl", text_column="text") == ["r1", "", "r2"]
 
 
+CARD = """---
+configs:
+- config_name: whole
+  default: true
+  data_files: [{split: train, path: train.parquet}, {split: test, path: test.parquet}]
+- config_name: part
+  data_files: [{split: train, path: test.parquet}]
+---
+not a document
+"""
+
+
 def test_tables_and_data_set_folders_are_read_by_datasets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
     folder = tmp_path / "set"
     folder.mkdir()
-    (folder / "README.md").write_text("not a document")
+    (folder / "README.md").write_text(CARD)
     for split in ("train", "test"):
         rows = {"body": [f"{split} {n}" for n in range(1500)] + [None], "id": list(range(1501))}
         datasets.Dataset.from_dict(rows).to_parquet(folder / f"{split}.parquet")
     expected = [f"test {n}" for n in range(1500)] + [""]
     assert texts(folder / "test.parquet", text_column="body") == expected
     assert texts(folder, text_column="body", split="test") == expected
+    assert texts(folder, text_column="body", subset="part") == expected
     (tmp_path / "t.csv").write_text("text,n\nhello,1\n")
     assert texts(tmp_path / "t.csv") == ["hello"]
     assert prepared(str(folder), tmp_path / "cache", text_column="body").num_documents == 1500

@@ -47,7 +47,9 @@ class _Part:
     read: Callable[[], Iterator[str]]
 
 
-def find_corpus(path: str | Sequence[str], *, text_column: str = "text", split: str = "train") -> Corpus:
+def find_corpus(
+    path: str | Sequence[str], *, text_column: str = "text", split: str = "train", subset: str | None = None
+) -> Corpus:
     """Finds what `data.path` names and reads nothing yet.
 
     Args:
@@ -55,12 +57,14 @@ def find_corpus(path: str | Sequence[str], *, text_column: str = "text", split: 
             them, a glob, a hub id of datasets, `package:stdlib`, or a list of these, read in the order given.
         text_column: the column of tables and .jsonl files that holds the text.
         split: of a data set that datasets loads by hub id or folder.
+        subset: of a data set that has several (their config name).
 
     Raises:
         UserError: something named is not there.
     """
     names = [path] if isinstance(path, str) else list(path)
-    parts = [part for name in names for part in _parts(name, text_column, split)]
+    select = {"split": split} | ({} if subset is None else {"name": subset})
+    parts = [part for name in names for part in _parts(name, text_column, select)]
     sizes = [part.num_bytes for part in parts]
     known = [size for size in sizes if size is not None]
 
@@ -72,12 +76,12 @@ def find_corpus(path: str | Sequence[str], *, text_column: str = "text", split: 
     return Corpus(", ".join(names), key, sum(known) if len(known) == len(sizes) else None, read)
 
 
-def _parts(name: str, text_column: str, split: str) -> list[_Part]:
+def _parts(name: str, text_column: str, select: dict[str, str]) -> list[_Part]:
     if name.startswith("package:"):
         return _package(name)
     place = Path(name).expanduser()
     if place.is_dir():
-        return _folder(name, place, text_column, split)
+        return _folder(name, place, text_column, select)
     if place.is_file():
         return [_file(place, text_column)]
     if glob.has_magic(name):
@@ -86,7 +90,7 @@ def _parts(name: str, text_column: str, split: str) -> list[_Part]:
             raise FieldError("data.path", name, "matches no file", "look at the pattern and the working directory")
         return [_file(file, text_column) for file in found]
     if _HUB_ID.fullmatch(name) and place.suffix not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".jsonl"):
-        return [_Part(["hub", name, split], None, lambda: _load(name, name, text_column, split=split))]
+        return [_Part(["hub", name, select], None, lambda: _load(name, name, text_column, **select))]
     remedy = f"give a file, a folder, a glob, a hub id or {PACKAGES[0]} (relative to {Path.cwd()})"
     raise FieldError("data.path", name, "does not exist", remedy)
 
@@ -116,7 +120,7 @@ def _source(file: Path) -> Iterator[str]:
         return
 
 
-def _folder(name: str, folder: Path, text_column: str, split: str) -> list[_Part]:
+def _folder(name: str, folder: Path, text_column: str, select: dict[str, str]) -> list[_Part]:
     """All readable files below a folder, sorted by path; a folder with tables is a data set and goes to datasets."""
     files = [
         file
@@ -126,9 +130,9 @@ def _folder(name: str, folder: Path, text_column: str, split: str) -> list[_Part
     files.sort(key=lambda file: file.relative_to(folder).as_posix())
     tables = [file for file in files if file.suffix in TABLE_SUFFIXES and file.suffix != ".json"]
     if tables:
-        key = ["folder", split, *(_stat_key(file) for file in files)]
+        key = ["folder", select, *(_stat_key(file) for file in files)]
         size = sum(file.stat().st_size for file in files)
-        return [_Part(key, size, lambda: _load(name, str(folder), text_column, split=split))]
+        return [_Part(key, size, lambda: _load(name, str(folder), text_column, **select))]
     texts = [file for file in files if file.suffix in (*TEXT_SUFFIXES, ".jsonl")]
     if not texts:
         suffixes = ", ".join((*TEXT_SUFFIXES, ".jsonl", ".parquet", ".csv"))
@@ -194,7 +198,7 @@ def _as_text(value: object, place: str, text_column: str) -> str:
     return value
 
 
-def _load(name: str, source: str, text_column: str, **arguments: Any) -> Iterator[str]:
+def _load(label: str, source: str, text_column: str, **arguments: Any) -> Iterator[str]:
     """The datasets door: rows of a hub data set, a local data set folder or a table file.
 
     A hub data set is tokenised once for its id and split; remove the cache folder to read a newer version of it.
@@ -202,19 +206,19 @@ def _load(name: str, source: str, text_column: str, **arguments: Any) -> Iterato
     try:
         import datasets
     except ImportError as error:
-        raise FieldError("data.path", name, "needs the package datasets", "pip install 'cuboid[data]'") from error
+        raise FieldError("data.path", label, "needs the package datasets", "pip install 'cuboid[data]'") from error
     try:
         table = datasets.load_dataset(source, **arguments)
     except Exception as error:  # not found, no network, no such split or config: datasets has many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        missing = "" if os.path.exists(name) else "is no file or folder here, and "
+        missing = "" if os.path.exists(label) else "is no file or folder here, and "
         constraint = f"{missing}cannot be loaded by datasets ({reason})"
-        raise FieldError("data.path", name, constraint) from error
+        raise FieldError("data.path", label, constraint) from error
     if text_column not in table.column_names:
         have = ", ".join(table.column_names)
-        raise UserError(f"{name}: no column {text_column} (there are: {have}); set data.text_column")
+        raise UserError(f"{label}: no column {text_column} (there are: {have}); set data.text_column")
     row = 0
     for rows in table.select_columns([text_column]).iter(batch_size=_ROWS):
         for value in rows[text_column]:
             row += 1
-            yield _as_text(value, f"{name}, row {row}", text_column)
+            yield _as_text(value, f"{label}, row {row}", text_column)

@@ -124,7 +124,7 @@ def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: P
     Raises:
         UserError: nothing there, nothing usable, a broken line (file and number), a cache that cannot be written.
     """
-    corpus = find_corpus(settings.path, text_column=settings.text_column, split=settings.split)
+    corpus = find_corpus(settings.path, text_column=settings.text_column, split=settings.split, subset=settings.subset)
     tokens = prepare_tokens(corpus, tokenizer=tokenizer, cache=cache)
     apart = not (settings.packing and settings.cross_documents)
     if len(tokens.ids) - (len(tokens.starts) - 1 if apart else 1) <= 0:

@@ -121,9 +121,11 @@ class DataSettings(Settings):
     kind: Annotated[Literal["text", "chat", "instruct", "tokens"], Offered(("text",))]
     """text: running text, every token is predicted."""
     path: Text | Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
-    """A local file, folder or glob, a hub id of datasets, package:stdlib for the built-in corpus, or a list of these."""
+    """A local file, folder or glob, a hub id of datasets, package:stdlib (the built-in corpus), or a list of these."""
     split: Text = "train"
     """Split of a hub data set."""
+    subset: Text | None = None
+    """Subset of a hub data set that has several, by its config name."""
     text_column: Text = "text"
     """Column that holds the text, in a hub data set or a .jsonl file."""
     tokenizer: Text = "auto"
