@@ -76,10 +76,10 @@ def _mistake(path: Path, found: Sequence[ErrorDetails], data: Mapping[str, Any])
         return UserError(f"{name} is not a key; {_meant(path)}")
     field = _field(path)
     if first["type"] == "missing":
-        return UserError(f"{name} is missing; {(field.description if field else None) or 'it has no default'}")
+        return UserError(f"{name} is missing; {_expected(field)}")
     if first["type"] == "cuboid":
         words = first["ctx"]
-        if _section(field):
+        if _section(field) or "field" in words:
             return UserError(f"{name} {words['constraint']}; {words['remedy']}")
         return FieldError(name, shown(first["input"]), words["constraint"], words["remedy"])
     value = _value(data, path)
@@ -93,6 +93,13 @@ def _mistake(path: Path, found: Sequence[ErrorDetails], data: Mapping[str, Any])
     if first["type"] in ("string_too_short", "too_short"):
         return FieldError(name, shown(value, quoted=True), "is empty")
     return _wrong_type(name, value, field)
+
+
+def _expected(field: FieldInfo | None) -> str:
+    """What a missing field is, or the keys that a missing section must have."""
+    if section := _section(field):
+        return f"it needs {', '.join(name for name, inner in section.model_fields.items() if inner.is_required())}"
+    return (field.description if field else None) or "it has no default"
 
 
 def _wrong_type(name: str, value: object, field: FieldInfo | None) -> FieldError:
