@@ -139,11 +139,11 @@ seed: no
         "x.yaml:10: parallel.shard=2 is not yet offered; use true or false",
         "x.yaml:11: tensor is not a key; did you mean parallel.tensor?",
         'x.yaml:12: lora={"rank": 3} is not yet offered; use null',
+        "x.yaml:13: optimizer.learning_rate=nan is not finite",
         "x.yaml:13: optimizer.betas=[0.9, 1.0] has an item that is not below 1.0",
+        "x.yaml:13: optimizer.clip_grad_norm=true is not a number or null",
         "x.yaml:13: optimizer.lr is not a key; known keys are name, learning_rate, betas, eps, weight_decay, "
         "clip_grad_norm, schedule, warmup_steps, min_ratio",
-        "x.yaml:13: optimizer.learning_rate=nan is not finite",
-        "x.yaml:13: optimizer.clip_grad_norm=true is not a number or null",
         'x.yaml:14: checkpoint="often" is not a mapping; its keys: every, keep, asynchronous, copy_to',
         'x.yaml:15: seed="no" is not a whole number',
         "override `a.b.c`: is not of the form section.key=value",
@@ -202,7 +202,7 @@ def test_overrides(write):
 @pytest.mark.parametrize(
     ("addition", "words"),
     [
-        ("seed: !!python/object/apply:os.system ['touch hacked']", "the tag !!python/object/apply:os.system is refused"),
+        ("seed: !!python/object/apply:os.system [touch hacked]", "the tag !!python/object/apply:os.system is refused"),
         ("lora: !mine {a: 1}", "x.yaml:8: the tag !mine is refused"),
         ("seed: !!int abc", "x.yaml:8: abc cannot be read as int"),
         ("name: other", "x.yaml:8: name stands twice, first at x.yaml:1"),
