@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -72,12 +73,17 @@ def _rank_main(
     with stacks.open("w") as file:
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
         try:
-            sender.send((time.monotonic(), None, fn(*args)))
+            _send(sender, None, fn(*args))
         except BaseException:
-            sender.send((time.monotonic(), traceback.format_exc(), None))
+            _send(sender, traceback.format_exc(), None)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # no tear-down of a forked interpreter's inherited state
+
+
+def _send(sender: Connection, failure: str | None, result: Any) -> None:
+    # plain pickle: torch's own would hand over file descriptors of a process that is about to end
+    sender.send_bytes(pickle.dumps((time.monotonic(), failure, result)))
 
 
 def _collect(receivers: list[Connection], processes: list[Any], folder: Path, timeout: float) -> list[Any]:
@@ -92,7 +98,7 @@ def _collect(receivers: list[Connection], processes: list[Any], folder: Path, ti
             break
         for rank in [rank for rank, receiver in waiting.items() if receiver in ready]:
             try:
-                when, failure, results[rank] = waiting.pop(rank).recv()
+                when, failure, results[rank] = pickle.loads(waiting.pop(rank).recv_bytes())
             except EOFError:
                 processes[rank].join()
                 when, failure = time.monotonic(), f"died with exit code {processes[rank].exitcode}"

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble
 from cuboid.trainer.data import Batch
-from cuboid.trainer.model import draw_blueprint, read_config
+from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import from_full
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 # gathering a whole parameter to look at it is allowed to be slow
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -113,8 +115,9 @@ def make_batch(seed: int) -> Batch:
 @functools.cache
 def reference(family: str, tied: bool) -> Reference:
     """Plain transformers and torch: the whole model, the whole batch, a mean over all valid tokens."""
+    config = read_checked_config(Case(family=family, tied=tied).recipe().model)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(read_config(pretrained=None, values=model_config(family, tied)))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # norms away from one and biases away from zero, so that a wrong gradient of theirs shows
         for name, parameter in model.named_parameters():
             noise = 0.1 * torch.randn_like(parameter)
@@ -166,7 +169,7 @@ def compare(case: Case, expected: Reference) -> Difference:
     """Runs in every rank: a first backward for the gradients, then the optimizer steps."""
     recipe = case.recipe()
     with connect(recipe.layout, timeout_seconds=60) as block:
-        blueprint = draw_blueprint(read_config(pretrained=None, values=recipe.model.config))
+        blueprint = draw_blueprint(read_checked_config(recipe.model))
         engine = assemble(recipe, block, blueprint, from_full(expected.weights.__getitem__))
         missing, gradient, update = [], (0.0, ""), (0.0, "")
         for step, batch in enumerate(expected.batches):

@@ -8,12 +8,13 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from cuboid.parallel import gradients, tensor
-from cuboid.parallel.collectives import enter
-from cuboid.trainer import engine
 from harness import RanksFailed, run_ranks
 from parity import Case, Difference, compare, reference
 from torch.distributed.tensor import Replicate
+
+from cuboid.parallel import gradients, tensor
+from cuboid.parallel.collectives import enter
+from cuboid.trainer import engine
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 

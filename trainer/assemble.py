@@ -14,10 +14,10 @@ from cuboid.parallel.schedules import SCHEDULES, stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.engine import NativeEngine
-from cuboid.trainer.model import Blueprint, initialise_buffers
+from cuboid.trainer.model import Blueprint, initialise_buffers, local_folder, seeded_tensors
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.weights import CopyInto, fill
+from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 
 def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> NativeEngine:
@@ -62,6 +62,16 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         optimizer=optimizer,
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
     )
+
+
+def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
+    """Where the first values come from: a folder's safetensors, or the seed."""
+    if recipe.model.pretrained is None:
+        return from_full(seeded_tensors(blueprint, seed=recipe.seed))
+    shapes = {
+        blueprint.anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()
+    }
+    return from_safetensors(local_folder(recipe.model.pretrained), shapes=shapes, base=blueprint.anatomy.base)
 
 
 def named_parameters(stages: list[Stage]) -> list[tuple[str, nn.Parameter]]:

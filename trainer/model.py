@@ -71,15 +71,6 @@ def draw_blueprint(config: transformers.PretrainedConfig, *, attention: str = "a
     return Blueprint(config, model.train(), anatomy, _tensor_plan(model, anatomy))
 
 
-def read_config(*, pretrained: str | None, values: Mapping[str, Any] | None) -> transformers.PretrainedConfig:
-    """The config of a local folder or hub id, or the one spelled out in the recipe."""
-    if pretrained is not None:
-        return transformers.AutoConfig.from_pretrained(pretrained)
-    assert values is not None
-    arguments = dict(values)
-    return transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-
-
 def _anatomy(model: transformers.PreTrainedModel) -> Anatomy:
     """Check that the model has the parts that a stage computes, and nothing beside them."""
     config = model.config

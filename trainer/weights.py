@@ -67,8 +67,13 @@ def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: st
             wrong.append(f"{name} is missing")
             continue
         places[name] = (files[stored], stored)
-        with safe_open(files[stored], framework="pt") as file:
-            found = torch.Size(file.get_slice(stored).get_shape())
+        try:
+            with safe_open(files[stored], framework="pt") as file:
+                found = torch.Size(file.get_slice(stored).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"model.pretrained={folder}: {files[stored].name} is no readable safetensors: {error}"
+            ) from None
         if found != shape:
             wrong.append(f"{name} has shape {list(found)}, the config says {list(shape)}")
     if wrong:
@@ -104,7 +109,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no readable safetensors: {error}") from None
+        raise UserError(f"model.pretrained={folder}: no readable safetensors: {error}") from None
     pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     hint = f"; {pickles[0].name} is a pickle, which is never read" if pickles else ""
     raise UserError(f"model.pretrained={folder} has no model.safetensors{hint}; save it with save_pretrained")
