@@ -32,7 +32,7 @@ DOORS = {
     "pydantic": {"trainer/recipe.py"},
     "ray": {"launch/ray_cluster.py"},
     "rich": {"launch/cli.py", "launch/progress.py"},
-    "safetensors": {"trainer/weights.py", "trainer/checkpoint.py", "trainer/export.py"},
+    "safetensors": {"trainer/weights.py", "trainer/restore.py"},
     "torch.distributed.device_mesh.init_device_mesh": {"parallel/mesh.py"},
     "torch.distributed.fsdp": {"parallel/data.py"},
     "torch.distributed.init_process_group": {"parallel/mesh.py"},

@@ -1,0 +1,158 @@
+"""Checkpoints looked at from outside: verify, newest, listing, inspect, resolve. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cuboid.trainer.manifest import (
+    FACTS,
+    LATEST,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    incomplete,
+    open_file,
+    read_json,
+    read_manifest,
+    step_of,
+    steps,
+    what_instead,
+)
+from cuboid.trainer.tensor_table import read_table
+
+_BLOCK_BYTES = 1 << 22
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, ``latest``, or the newest whole one of a run or a checkpoints folder.
+
+    Raises:
+        CheckpointError: there is none; a pickle is named as one.
+    """
+    path = Path(path).absolute()
+    if path.name == LATEST and step_of(name := _latest(path.parent)) is not None:
+        return path.parent / name
+    for folder in (path, path / "checkpoints"):
+        if (folder / MANIFEST).exists():
+            return folder
+        for candidate in steps(folder).values():
+            if not incomplete(candidate):
+                return candidate
+    raise CheckpointError(f"{path} {what_instead(path)}")
+
+
+def verify(path: Path, *, share: slice = slice(None), threads: int | None = None) -> list[str]:
+    """Check every byte of the checkpoint at ``path``; what is wrong with it, one line a fault, empty if nothing is.
+
+    ``share`` picks some of its files (largest first), so that ranks can divide the work: ``slice(rank, None, world)``.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[share]
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        return [fault for fault in pool.map(lambda name: _fault(path, name, manifest), names) if fault]
+
+
+def newest(folder: Path, *, refused: Callable[[Path, list[str]], None] | None = None) -> Path | None:
+    """The newest checkpoint of which every byte is right, or None. ``refused`` hears of each one that is not."""
+    for path in steps(folder).values():
+        faults = verify(path)
+        if not faults:
+            return path
+        if refused:
+            refused(path, faults)
+    return None
+
+
+def listing(folder: Path) -> list[dict[str, Any]]:
+    """A row for each checkpoint of a run's or checkpoints folder, newest first: step, path, bytes, time (seconds since
+    1970), latest, fault. Sizes are checked, contents are not."""
+    folder = Path(folder)
+    if (folder / "checkpoints").is_dir():
+        folder /= "checkpoints"
+    rows = []
+    for step, path in steps(folder).items():
+        fault = incomplete(path)
+        manifest = Manifest(step, 0.0, {}) if fault else read_manifest(path)
+        row = {"step": step, "path": path, "bytes": manifest.bytes, "time": manifest.time}
+        rows.append({**row, "latest": path.name == _latest(folder), "fault": fault})
+    return rows
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint: path, step, time, bytes, files, tensors (dtype and shape by name) and facts. Its JSON is
+    checked, its tensors are not read.
+
+    Raises:
+        CheckpointError: it is not a whole checkpoint.
+    """
+    path = resolve(path)
+    manifest = read_manifest(path)
+    table = read_table(path, manifest)
+    return {
+        "path": path,
+        "step": manifest.step,
+        "time": manifest.time,
+        "bytes": manifest.bytes,
+        "files": {name: asdict(record) for name, record in manifest.files.items()},
+        "tensors": {name: {"dtype": record.dtype, "shape": list(record.shape)} for name, record in table.items()},
+        "facts": read_json(path, FACTS, manifest.files[FACTS]),
+    }
+
+
+def _latest(folder: Path) -> str:
+    try:
+        with open_file(folder, LATEST) as file:
+            return file.read(64).decode("ascii", "replace").strip()
+    except CheckpointError:
+        return ""
+
+
+def _fault(path: Path, name: str, manifest: Manifest) -> str:
+    record = manifest.files[name]
+    try:
+        with open_file(path, name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.size:
+                return f"{path}: {name} has {size} bytes instead of {record.size}"
+            if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
+                return ""
+            inside = _changed_tensors(path, name, file, manifest) if name.endswith(".safetensors") else ""
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: {name} cannot be read ({error.strerror})"
+    return f"{path}: {name} is not what its manifest says (SHA-256 differs{inside})"
+
+
+def _changed_tensors(path: Path, name: str, file: BinaryIO, manifest: Manifest) -> str:
+    """Which tensors of a changed file do not have the checksum of tensors.json, in words."""
+    try:
+        table = read_table(path, manifest)
+    except CheckpointError:
+        return ""
+    changed = [
+        tensor
+        for tensor, record in table.items()
+        for chunk in record.chunks
+        if chunk.file == name and _crc32(file, chunk.start, chunk.bytes) != chunk.crc32
+    ]
+    return f", in tensor {', '.join(changed)}" if changed else ", in its header"
+
+
+def _crc32(file: BinaryIO, start: int, size: int) -> int:
+    file.seek(start)
+    value = 0
+    while size > 0 and (block := file.read(min(size, _BLOCK_BYTES))):
+        value, size = zlib.crc32(block, value), size - len(block)
+    return value

@@ -1,0 +1,115 @@
+"""A checkpoint's folder as it is made: written durably, published by a rename, kept, cleaned. Imports no torch.
+
+A file is on the disk before a name says so, and nothing that a name says is ever changed in place: killed at any
+moment, every ``step-...`` folder is whole, and what is not begins with ``.partial-``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from cuboid.trainer.manifest import (
+    LATEST,
+    MANIFEST,
+    PARTIAL,
+    REFUSED,
+    FileRecord,
+    Manifest,
+    encode_manifest,
+    incomplete,
+    step_name,
+    steps,
+)
+
+
+def write_durably(path: Path, content: bytes) -> FileRecord:
+    """Write a new file and wait until the disk has it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's names."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(partial: Path, folder: Path, *, step: int, files: Mapping[str, FileRecord]) -> Path:
+    """Turn ``partial``, whose files are written, into ``folder/step-...``: manifest, rename, ``latest``, in this order.
+
+    Raises:
+        OSError: the disk refused; the folder's other checkpoints and ``latest`` are as before.
+    """
+    for name, record in files.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size != record.size:
+            raise OSError(f"{name} is not seen whole from the first rank; is {folder} shared by all nodes?")
+    write_durably(partial / MANIFEST, encode_manifest(Manifest(step, round(time.time(), 3), files)))
+    sync_folder(partial)
+    path = folder / step_name(step)
+    latest = folder / f"{PARTIAL}{LATEST}-{os.getpid()}"  # before the renames: they need no space, a new file does
+    latest.unlink(missing_ok=True)
+    write_durably(latest, f"{path.name}\n".encode())
+    if os.path.lexists(path):  # of a continuation that was given up, since this run was resumed from before it
+        _remove(path)
+    os.rename(partial, path)
+    sync_folder(folder)
+    os.replace(latest, folder / LATEST)
+    sync_folder(folder)
+    return path
+
+
+def retain(folder: Path, *, keep: int, newest: int) -> list[Path]:
+    """Remove all but the ``keep`` newest whole checkpoints up to step ``newest``, which always stays; what was removed.
+
+    A folder that is not whole neither counts nor is removed: somebody may want to look at it.
+    """
+    whole = [path for step, path in steps(folder).items() if step <= newest and not incomplete(path)]
+    removed = whole[max(keep, 1) :]
+    for path in removed:
+        _remove(path)
+    return removed
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a broken checkpoint so that it is neither tried, counted nor overwritten again; its new path."""
+    number, aside = 0, path.with_name(path.name + REFUSED)
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}{REFUSED}.{number}")
+    os.rename(path, aside)
+    return aside
+
+
+def clean(folder: Path) -> list[Path]:
+    """Remove what killed saves left in a checkpoints folder (one process calls this, before ranks save)."""
+    leftovers = [Path(folder) / name for name in sorted(os.listdir(folder)) if name.startswith(PARTIAL)]
+    for path in leftovers:
+        discard(path)
+    return leftovers
+
+
+def discard(path: Path) -> None:
+    """Remove a partial folder or file as far as the disk allows; what stays is tried again at the next start."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: killed half-way, it is a leftover and not a checkpoint that looks broken.
+    gone = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
+    os.rename(path, gone)
+    discard(gone)

@@ -1,0 +1,104 @@
+"""tensors.json: every tensor of a checkpoint, its dtype and shape, and where each piece lies. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cuboid.trainer.manifest import TENSORS, CheckpointError, Manifest, read_json
+
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+"""Bytes of one element, by safetensors' names of dtypes."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One box of a tensor: where it begins in the tensor and how large it is (in elements, one number a dim), and the
+    file, first byte and number of bytes that hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor: safetensors' name of its dtype, the shape of the whole, and its pieces, which cover it once."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def encode_table(table: Mapping[str, TensorRecord]) -> bytes:
+    return json.dumps({name: asdict(record) for name, record in sorted(table.items())}, separators=(",", ":")).encode()
+
+
+def read_table(folder: Path, manifest: Manifest) -> dict[str, TensorRecord]:
+    """The tensors of the checkpoint at ``folder`` by name.
+
+    Raises:
+        CheckpointError: changed, or a piece lies outside its tensor, its file or the folder, or pieces do not fill a
+            tensor.
+    """
+    table = {}
+    for name, entry in read_json(folder, TENSORS, manifest.files[TENSORS]).items():
+        try:
+            record = _record(entry)
+            fault = _fault(record, manifest)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: {TENSORS} does not describe tensor {name!r} properly") from error
+        if fault:
+            raise CheckpointError(f"{folder}: {TENSORS}: tensor {name!r} {fault}; refused")
+        table[name] = record
+    return table
+
+
+def _record(entry: Mapping[str, Any]) -> TensorRecord:
+    chunks = tuple(
+        Chunk(_sizes(c["offsets"]), _sizes(c["sizes"]), str(c["file"]), *_sizes((c["start"], c["bytes"], c["crc32"])))
+        for c in entry["chunks"]
+    )
+    return TensorRecord(str(entry["dtype"]), _sizes(entry["shape"]), chunks)
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    sizes = tuple(values)
+    if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
+        raise ValueError(f"{values} are not sizes")
+    return sizes
+
+
+def _fault(record: TensorRecord, manifest: Manifest) -> str:
+    if record.dtype not in ITEM_BYTES:
+        return f"has the unknown dtype {record.dtype!r}"
+    for chunk in record.chunks:
+        if chunk.file not in manifest.files:
+            return f"lies in {chunk.file!r}, which is not a file of the manifest"
+        if not len(chunk.offsets) == len(chunk.sizes) == len(record.shape) or any(
+            offset + size > whole for offset, size, whole in zip(chunk.offsets, chunk.sizes, record.shape, strict=True)
+        ):
+            return "has a piece outside itself"
+        if chunk.bytes != math.prod(chunk.sizes) * ITEM_BYTES[record.dtype]:
+            return "has a piece of a wrong size"
+        if chunk.start + chunk.bytes > manifest.files[chunk.file].size:
+            return f"lies beyond the end of {chunk.file}"
+    if sum(chunk.bytes for chunk in record.chunks) != record.bytes:
+        return "is not covered once by its pieces"
+    return ""
