@@ -119,7 +119,7 @@ def reference(family: str, tied: bool) -> Reference:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # norms away from one and biases away from zero, so that a wrong gradient of theirs shows
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = 0.1 * torch.randn_like(parameter)
             parameter.copy_(parameter + noise if parameter.dim() == 1 else 3 * parameter)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Promise 1: every mesh computes the numbers of one process. `make test` runs a pairwise cover, `make test-full` all."""
+"""Promise 1: every mesh computes the numbers of one process. A pairwise cover; every cell is marked full."""
 
 from __future__ import annotations
 

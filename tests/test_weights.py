@@ -40,9 +40,8 @@ def on_mesh(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 def pretrained(case: Case, folder: Path) -> Recipe:
     recipe = case.recipe()
-    return recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"pretrained": str(folder), "config": None})}
-    )
+    model = recipe.model.model_copy(update={"pretrained": str(folder), "config": None})
+    return recipe.model_copy(update={"model": model})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cuboid.parallel.gradients import TiedWeights, clip, close_sums, squared_norm
+from cuboid.parallel.gradients import TiedWeights, clip, close_sums, local, squared_norm
 from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
@@ -19,11 +19,14 @@ from cuboid.trainer.optimizer import ShardedAdamW
 
 
 class NotFinite(RuntimeError):
-    """The loss or the gradient norm of a step is NaN or infinite; the parameters were not touched."""
+    """The loss or the gradient norm of a step is NaN or infinite; the parameters were not touched.
 
-    def __init__(self, loss: float, grad_norm: float) -> None:
-        self.loss, self.grad_norm = loss, grad_norm
-        super().__init__(f"loss {loss}, gradient norm {grad_norm}")
+    ``data_ranks`` are those whose samples gave such a loss, or all where only a gradient is not finite.
+    """
+
+    def __init__(self, what: str, data_ranks: Sequence[int]) -> None:
+        self.data_ranks = tuple(data_ranks)
+        super().__init__(what)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class NativeEngine:
     tied: TiedWeights
     optimizer: ShardedAdamW
     clip_grad_norm: float | None
+    _own_loss: float = 0.0
+    """This rank's share of the newest loss; 0 away from the last stage."""
 
     def step(self, batch: Batch, *, learning_rate: float) -> StepResult:
         """One update from this data rank's share of the global batch.
@@ -58,7 +63,7 @@ class NativeEngine:
         """
         result = self.backward(batch)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise NotFinite(result.loss, result.grad_norm)
+            raise self._not_finite(result)
         self.update(result, learning_rate=learning_rate)
         return result
 
@@ -74,10 +79,11 @@ class NativeEngine:
             batch.labels.to(device) if ends.is_last else None,
             position_ids=batch.position_ids.to(device),
         )
+        self._own_loss = 0.0 if loss is None else float(loss)
         parameters = [parameter for _, parameter in self.parameters]
         close_sums(parameters)
         self.tied.sum_gradients()
-        return self._sum_over_block(loss, parameters, tokens)
+        return self._sum_over_block(parameters, tokens)
 
     def update(self, result: StepResult, *, learning_rate: float) -> None:
         """Clip by the global norm and step the optimizer."""
@@ -95,14 +101,27 @@ class NativeEngine:
         dist.all_reduce(count, group=self.block.mesh["data"].get_group())
         return int(count)
 
-    def _sum_over_block(self, loss: Tensor | None, parameters: Sequence[nn.Parameter], tokens: int) -> StepResult:
+    def _sum_over_block(self, parameters: Sequence[nn.Parameter], tokens: int) -> StepResult:
         """One small exchange makes loss and squared norm the same number on every rank."""
         sizes: Mapping[str, int] = {"data": self.block.layout.data, "tensor": self.block.layout.tensor}
         counted = [p for p in parameters if p is not self.tied.second]
-        shares = torch.zeros(2, dtype=torch.float64, device=self.block.device)
-        if loss is not None:
-            shares[0] = loss.double() / sizes["tensor"]  # every tensor rank computed the same loss
+        shares = torch.empty(2, dtype=torch.float64, device=self.block.device)
+        shares[0] = self._own_loss / sizes["tensor"]  # every tensor rank computed the same loss
         shares[1] = squared_norm(counted, sizes)
         dist.all_reduce(shares)
         loss_sum, squared = shares.tolist()
         return StepResult(loss_sum, math.sqrt(squared), tokens)
+
+    def _not_finite(self, result: StepResult) -> NotFinite:
+        """Which rank it came from, the same words on every rank."""
+        bad = [name for name, p in self.parameters if p.grad is not None and not local(p.grad).isfinite().all()]
+        found: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
+        dist.all_gather_object(found, (self._own_loss, bad[0] if bad else ""))
+        layout = self.block.layout
+        losses = [rank for rank, (loss, _) in enumerate(found) if not math.isfinite(loss)]
+        if losses:
+            data_ranks = sorted({layout.coordinate(rank).data for rank in losses})
+            return NotFinite(f"the loss is {result.loss}, first on rank {losses[0]}", data_ranks)
+        gradients = [f"rank {rank} in {name}" for rank, (_, name) in enumerate(found) if name]
+        where = f", first on {gradients[0]}" if gradients else ""
+        return NotFinite(f"the gradient norm is {result.grad_norm}{where}", range(layout.data))

@@ -1,0 +1,161 @@
+"""Checkpoints: planning, write rate against a plain write + fsync of the same bytes, how long a step is blocked.
+
+    python benchmarks/checkpoint.py --folder /a/disk --ranks 8 --megabytes 1024 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from cuboid.parallel.layout import Layout
+from cuboid.parallel.mesh import connect
+from cuboid.trainer import inspection
+from cuboid.trainer.checkpoint import Checkpointer, load
+from cuboid.trainer.shards import lay_out, plan_pieces
+
+NUM_PARAMETERS = 100
+LAYOUTS = {1: Layout(), 2: Layout(data=2), 4: Layout(data=2, tensor=2), 8: Layout(pipeline=2, data=2, tensor=2)}
+
+
+def make_tensors(layout: Layout, mesh: Any, megabytes: int) -> dict[str, Tensor]:
+    """Parameters and two moments of each: 300 names over the block, a tenth of them replicated norms of 4 KiB."""
+    stage, width = mesh["pipeline"].get_local_rank(), 1024
+    matrices = NUM_PARAMETERS * 9 // 10
+    rows = megabytes * 2**20 // (3 * matrices * width * 4) // 8 * 8
+    tensors: dict[str, Tensor] = {}
+    for index in range(NUM_PARAMETERS):
+        if index * layout.pipeline // NUM_PARAMETERS != stage:
+            continue
+        norm = index % 10 == 0
+        for prefix in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
+            placements = [Shard(0), Replicate() if norm else Shard(1)]
+            shape = (width // layout.data,) if norm else (rows // layout.data, width // layout.tensor)
+            local = torch.rand(shape)
+            block = mesh["data", "tensor"]
+            tensors[f"{prefix}.layers.{index}.weight"] = DTensor.from_local(local, block, placements, run_check=False)
+    return tensors
+
+
+def plain_write(folder: Path, view: memoryview) -> float:
+    """Seconds that all ranks together need to write and fsync their bytes, one file each."""
+    folder.mkdir(exist_ok=True)
+    dist.barrier()
+    started = time.monotonic()
+    descriptor = os.open(folder / f"plain-{dist.get_rank()}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    while view:
+        view = view[os.write(descriptor, view[: 8 << 20]) :]
+    os.fsync(descriptor)
+    os.close(descriptor)
+    dist.barrier()
+    return time.monotonic() - started
+
+
+def save_once(folder: Path, tensors: Mapping[str, Tensor], *, asynchronous: bool, saves: int) -> list[dict[str, Any]]:
+    """The ``checkpoint`` events of ``saves`` saves; the first one also plans and gets its memory."""
+    events: list[dict[str, Any]] = []
+    listen = lambda kind, **fields: events.append({"kind": kind, **fields})  # noqa: E731
+    with Checkpointer(folder, keep=1, asynchronous=asynchronous, event=listen) as checkpointer:
+        for step in range(1, saves + 1):
+            checkpointer.save(step, tensors, {})
+            checkpointer.wait()
+            dist.barrier()
+    assert checkpointer.failure is None, checkpointer.failure
+    return events
+
+
+def timed_plan(tensors: Mapping[str, Tensor]) -> tuple[float, int]:
+    dist.barrier()
+    started = time.monotonic()
+    files = lay_out(plan_pieces(tensors, group=None), rank=dist.get_rank())
+    return time.monotonic() - started, sum(file.size for file in files)
+
+
+def timed_load(path: Path, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
+    dist.barrier()
+    started = time.monotonic()
+    faults = inspection.verify(path, share=slice(dist.get_rank(), None, dist.get_world_size()))
+    dist.barrier()
+    verified = time.monotonic()
+    load(path, tensors)
+    dist.barrier()
+    assert not faults, faults
+    return verified - started, time.monotonic() - verified
+
+
+def measure(layout: Layout, folder: Path, megabytes: int, rounds: int) -> dict[str, Any]:
+    with connect(layout) as block:
+        tensors = make_tensors(layout, block.mesh, megabytes)
+        plans = [timed_plan(tensors) for _ in range(3)]
+        bytes_here = plans[0][1]
+        view = memoryview(torch.rand(bytes_here // 4 + 1).numpy()).cast("B")[:bytes_here]
+        table: dict[str, list[float]] = {"plain": [], "sync": [], "blocked": [], "behind": [], "first_blocked": []}
+        for number in range(rounds):
+            for kind in ("plain", "sync", "async") if number % 2 == 0 else ("async", "sync", "plain"):
+                if kind == "plain":
+                    table["plain"].append(plain_write(folder / "plain", view))
+                    dist.barrier()
+                    if block.rank == 0:
+                        shutil.rmtree(folder / "plain")
+                else:
+                    events = save_once(folder / kind, tensors, asynchronous=kind == "async", saves=2)
+                    if block.rank == 0 and kind == "sync":
+                        table["sync"].append(events[-1]["seconds"])
+                    elif block.rank == 0:
+                        table["first_blocked"].append(events[0]["blocked_seconds"])
+                        table["blocked"].append(events[-1]["blocked_seconds"])
+                        table["behind"].append(events[-1]["seconds"])
+                dist.barrier()
+        verify_seconds, load_seconds = timed_load(folder / "sync" / "step-00000002", tensors)
+        total = torch.tensor(bytes_here)
+        dist.all_reduce(total)
+        return {
+            "ranks": layout.world_size,
+            "gigabytes": int(total) / 1e9,
+            "plan_ms": [round(seconds * 1000, 1) for seconds, _ in plans],
+            "verify_seconds": verify_seconds,
+            "load_seconds": load_seconds,
+            **{f"{key}_seconds": values for key, values in table.items()},
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty folder on the disk to measure")
+    parser.add_argument("--ranks", type=int, choices=sorted(LAYOUTS), default=8)
+    parser.add_argument("--megabytes", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    folder = chosen.folder / "cuboid-benchmark"
+    try:
+        folder.mkdir(parents=True)
+        work = (LAYOUTS[chosen.ranks], folder, chosen.megabytes, chosen.rounds)
+        result = run_ranks(measure, chosen.ranks, *work, timeout=550)[0]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for key in [key for key in result if isinstance(result[key], list) and key != "plan_ms"]:
+        result[key] = {"median": statistics.median(result[key]), "all": [round(v, 3) for v in result[key]]}
+    plain, sync, blocked = (result[f"{key}_seconds"]["median"] for key in ("plain", "sync", "blocked"))
+    result |= {"rate_of_plain": plain / sync, "blocked_of_sync": blocked / sync}
+    result["machine"] = f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The one loop: set up or resume, step, record, save, stop. Every rank of every launcher runs `train`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cuboid.parallel.errors import RunFailed, UserError, UserErrors
+from cuboid.parallel.mesh import Block, connect
+from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.checkpoint import Checkpointer, load, newest
+from cuboid.trainer.data import Dataset, prepare
+from cuboid.trainer.engine import NativeEngine, NotFinite
+from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.optimizer import learning_rate
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recorder import Recorder
+from cuboid.trainer.resume import differences
+from cuboid.trainer.tokenizer import open_tokenizer
+from cuboid.trainer.tokens import cache_folder
+
+CHECKPOINTS = "checkpoints"
+STOP_FILE = "stop"
+"""A launcher writes a file of this name into the run's folder to end the run at the next step's edge; its content says
+why."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What the loop holds of a run on this rank."""
+
+    recipe: Recipe
+    folder: Path
+    block: Block
+    model_config: dict[str, Any]
+    dataset: Dataset
+    engine: NativeEngine
+    recorder: Recorder
+    checkpointer: Checkpointer
+    step: int = 0
+    """Completed updates."""
+    saved: int = 0
+    """Step of the newest checkpoint that was begun."""
+
+
+def train(recipe: Recipe, folder: Path) -> str | None:
+    """Run the recipe to its last step, from the newest checkpoint in ``folder`` where there is one.
+
+    Returns None when done, or what the stop file said that ended the run early (after a checkpoint).
+
+    Raises:
+        UserError: what cannot be right and shows only here.
+        RunFailed: the run cannot go on.
+    """
+    device = torch.device("cpu") if recipe.launch.device == "cpu" else None
+    with connect(recipe.layout, timeout_seconds=recipe.launch.timeout_seconds, device=device) as block:
+        with set_up(recipe, folder, block) as run:
+            reason = None
+            while run.step < recipe.train.steps and reason is None:
+                train_step(run)
+                reason = _asked_to_stop(run)
+                if _save_is_due(run, last=reason is not None):
+                    save(run)
+            run.checkpointer.wait()
+            run.recorder.stopped(run.step, reason)
+            return reason
+
+
+def train_step(run: Run) -> None:
+    """One update: this rank's samples, the engine's exact step, the record of it."""
+    recipe, step = run.recipe, run.step + 1
+    rate = learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
+    # every draw (dropout) is a function of seed, step and place, so that no generator state has to be saved
+    torch.manual_seed(_seed(recipe.seed, step, *run.block.coordinate))
+    batch = run.dataset.batch(recipe.batch_plan.samples(step, run.block.coordinate.data))
+    try:
+        result = run.engine.step(batch, learning_rate=rate)
+    except NotFinite as error:
+        shares = [recipe.batch_plan.samples(step, rank) for rank in error.data_ranks]
+        samples_read = ", ".join(f"{share.start} to {share.stop - 1}" for share in shares)
+        raise RunFailed(f"step {step}: {error} (samples {samples_read}); nothing was updated") from None
+    run.step = step
+    run.recorder.step(step, result, learning_rate=rate, pipeline=run.engine.pipeline)
+
+
+@contextmanager
+def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
+    """Build everything that a run needs, resumed from the newest valid checkpoint, and close it at the end."""
+    recorder = Recorder(recipe, folder, block)
+    recorder.phase("connect")
+    config = read_checked_config(recipe.model)
+    blueprint = draw_blueprint(config, attention=recipe.model.attention)
+    tokenizer = open_tokenizer(
+        recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size
+    )
+    dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
+    _same_on_every_rank("the data's fingerprint", dataset.fingerprint)
+    recorder.phase("data")
+    engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+    recorder.phase("model")
+    checkpointer = Checkpointer(
+        folder / CHECKPOINTS,
+        keep=recipe.checkpoint.keep,
+        asynchronous=recipe.checkpoint.asynchronous,
+        event=recorder.event,
+    )
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        block=block,
+        model_config=config.to_dict(),
+        dataset=dataset,
+        engine=engine,
+        recorder=recorder,
+        checkpointer=checkpointer,
+    )
+    try:
+        resume(run)
+        recorder.started(run.step, attention=blueprint.model.config._attn_implementation)
+        yield run
+    finally:
+        checkpointer.close()
+        recorder.close()
+
+
+def resume(run: Run) -> None:
+    """Continue from the newest valid checkpoint: tensors, step, data position and the tracker's run.
+
+    Raises:
+        UserError: the checkpoint is another run's (a field of the recipe, or the data, differs).
+    """
+    path = newest(run.checkpointer.folder, event=run.recorder.event)
+    if path is None:
+        run.recorder.open(step=0, run_id=None)
+        return
+    facts = load(path, run.engine.tensors())
+    if wrong := differences(facts["recipe"], run.recipe):
+        raise UserErrors(wrong)
+    stored, found = facts["data"]["fingerprint"], run.dataset.fingerprint
+    if stored != found:
+        words = f"the data is not the checkpoint's: its fingerprint is {found[:12]}, {path.name} was trained on {stored[:12]}"
+        raise UserError(f"{words}; bring the old data back, or start anew with --fresh")
+    run.step = run.saved = facts["step"]
+    run.engine.optimizer.set_step(run.step)
+    run.recorder.open(step=run.step, run_id=facts["run_id"])
+
+
+def save(run: Run) -> None:
+    """Begin a checkpoint of the state after ``run.step``."""
+    run.saved = run.step
+    facts = {
+        "run_id": run.recorder.run_id,
+        "recipe": run.recipe.model_dump(mode="json"),
+        "model_config": run.model_config,
+        "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
+        "layout": {"pipeline": run.block.layout.pipeline, "data": run.block.layout.data, "tensor": run.block.layout.tensor},
+    }
+    run.checkpointer.save(run.step, run.engine.tensors(), facts)
+
+
+def _save_is_due(run: Run, *, last: bool) -> bool:
+    every = run.recipe.checkpoint.every
+    return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps)
+
+
+def _asked_to_stop(run: Run) -> str | None:
+    """The stop file's content, seen by rank 0 and so by every rank at the same step."""
+    asked: list[str | None] = [None]
+    if run.block.rank == 0 and (run.folder / STOP_FILE).exists():
+        asked = [(run.folder / STOP_FILE).read_text().strip() or "stop"]
+    flag = torch.tensor([asked[0] is not None], device=run.block.device)
+    dist.broadcast(flag, src=0)
+    if not flag.item():
+        return None
+    dist.broadcast_object_list(asked, src=0)
+    return asked[0]
+
+
+def _same_on_every_rank(what: str, value: str) -> None:
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(f"{what} differs: {values[0][:12]} on rank 0, {other[:12]} on rank {rank}")
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

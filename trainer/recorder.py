@@ -1,0 +1,142 @@
+"""What a run says of itself: metrics.jsonl, events.jsonl, timeline pictures and the tracker, all written by rank 0."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cuboid.parallel.mesh import Block
+from cuboid.parallel.pipeline import Pipeline
+from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.engine import StepResult
+from cuboid.trainer.metrics import BubbleMeter, Measurement
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.runlog import RunLog
+from cuboid.trainer.timeline import write_timeline
+from cuboid.trainer.track import Tracker, open_tracker
+
+
+class Recorder:
+    """Every rank makes one and calls the same methods; what is written is written by rank 0."""
+
+    def __init__(self, recipe: Recipe, folder: Path, block: Block) -> None:
+        self.recipe, self.folder, self.block = recipe, folder, block
+        self.log = RunLog(folder)
+        self.tracker: Tracker | None = None
+        self._meter = BubbleMeter(
+            block,
+            schedule=recipe.parallel.schedule,
+            virtual_stages=virtual_stages(recipe),
+            microbatches=recipe.parallel.microbatches,
+        )
+        self._phases: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    @property
+    def run_id(self) -> str | None:
+        """The tracker's run, on rank 0."""
+        return self.tracker.run_id if self.tracker else None
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        """Write an event from this rank alone; a finished checkpoint goes to the tracker too."""
+        self.log.event(kind, rank=self.block.rank, **fields)
+        if kind == "checkpoint" and self.tracker is not None:
+            self.tracker.checkpoint(Path(fields["path"]), fields["step"])
+
+    def phase(self, name: str) -> None:
+        """Note what the time since the phase before went into; told by the start event."""
+        now = time.monotonic()
+        self._phases[name] = round(now - self._last, 3)
+        self._last = now
+
+    def open(self, *, step: int, run_id: str | None) -> None:
+        """Begin the record of a run that stands at ``step``; later steps of an earlier attempt are cut off."""
+        if self.block.rank == 0:
+            self.log.truncate(step)
+            self.tracker = open_tracker(
+                self.recipe.track,
+                run_id=run_id,
+                name=self.recipe.name,
+                recipe=self.recipe.model_dump(mode="json"),
+                folder=self.folder,
+            )
+        self.phase("tracker")
+
+    def started(self, step: int, **facts: Any) -> None:
+        """Tell where every rank runs, what was chosen, and what the start cost."""
+        places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+        dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
+        if self.block.rank == 0:
+            ranks = {str(rank): {"host": host, "pid": pid} for rank, (host, pid) in enumerate(places)}
+            page = self.tracker.page if self.tracker else None
+            self.event(
+                "start", step=step, layout=str(self.block.layout), ranks=ranks, phases=self._phases, page=page, **facts
+            )
+        self._last = time.monotonic()
+
+    def step(self, step: int, result: StepResult, *, learning_rate: float, pipeline: Pipeline) -> None:
+        """Write the record of a completed step."""
+        measured = self._meter.measure(pipeline)
+        peak = self._peak_memory()
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        if measured is None:
+            return
+        tokens = self.recipe.train.global_batch * self.recipe.data.sequence_length
+        record = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": step * tokens,
+            "tokens_predicted": result.tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "memory_peak_bytes": peak,
+            **measured.bubble.record(),
+        }
+        self.log.metrics(record)
+        assert self.tracker is not None
+        if step % self.recipe.train.log_every == 0:
+            self.tracker.log(step, record)
+        if self._timeline_is_due(step):
+            self._draw(step, measured)
+
+    def stopped(self, step: int, reason: str | None) -> None:
+        """Tell that the run ended in order: done, or asked to stop."""
+        if self.block.rank == 0:
+            self.event("stop", step=step, reason=reason or "done")
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+        self.log.close()
+
+    def _peak_memory(self) -> int:
+        """Most bytes that any rank held at once: on its device, or of the process where there is no GPU."""
+        device = self.block.device
+        if device.type == "cuda":
+            own = torch.cuda.max_memory_allocated(device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.tensor(own, dtype=torch.int64)
+        dist.reduce(peak, dst=0, op=dist.ReduceOp.MAX)
+        return int(peak)
+
+    def _timeline_is_due(self, step: int) -> bool:
+        every = self.recipe.track.timeline_every
+        return every > 0 and (step in (2, self.recipe.train.steps) or step % every == 0)
+
+    def _draw(self, step: int, measured: Measurement) -> None:
+        picture = write_timeline(self.folder / "timeline", step, measured)
+        if picture is not None and self.tracker is not None:
+            self.tracker.image("timeline", picture)
