@@ -178,7 +178,8 @@ def _tensor_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
     vocabulary = sizes["vocab_size"]
     if recipe.model.config is not None and failing == [f"vocab_size={vocabulary}"]:
         remedy += f", or model.config.vocab_size={-(-vocabulary // tensor) * tensor} (spare ids do no harm)"
-    constraint = f"does not divide {' and '.join(failing)} of {model}"
+    named = " and ".join(filter(None, (", ".join(failing[:-1]), failing[-1])))
+    constraint = f"does not divide {named} of {model}"
     yield FieldError("parallel.tensor", tensor, constraint, remedy)
 
 
@@ -215,8 +216,8 @@ def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[Us
     from cuboid.trainer.tokenizer import open_tokenizer
 
     data = recipe.data
-    path = data.path if isinstance(data.path, str) else list(data.path)
-    yield from _attempt(lambda: find_corpus(path, text_column=data.text_column, split=data.split))[0]
+    found = _attempt(lambda: find_corpus(data.path, text_column=data.text_column, split=data.split, subset=data.subset))
+    yield from found[0]
     if config is not None:
         size = config.vocab_size
         yield from _attempt(

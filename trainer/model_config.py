@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +40,24 @@ def _from_values(values: dict[str, Any]) -> PretrainedConfig:
         raise UserErrors(unknown)
     arguments = {key: value for key, value in values.items() if key != "model_type"}
     try:
-        return AutoConfig.for_model(family, **arguments)
+        with _quiet():
+            return AutoConfig.for_model(family, **arguments)
     except Exception as error:  # transformers checks values in many ways, each with its own class
         constraint = f"cannot be made of these values: {_reason(error)}"
         raise FieldError("model.config.model_type", family, constraint) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of transformers, which would come once a rank; what is wrong is told by `check`."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _unknown_keys(values: dict[str, Any], family: Any) -> list[UserError]:

@@ -1,0 +1,194 @@
+"""The command line. Each command imports what it needs when it runs, so that help answers in a blink.
+
+Exit codes: 0 done; 1 a failed run; 2 the user's mistake; 130 stopped by Ctrl-C; 85 stopped by a signal, to be requeued.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_EXTRAS = {"datasets": "data", "matplotlib": "track", "ray": "ray", "torch": "train", "transformers": "train"}
+"""What `pip install 'cuboid[...]'` brings a package that is missing."""
+
+app = typer.Typer(
+    name="cuboid",
+    help="Train Hugging Face language models over a block of devices: data x tensor x pipeline.",
+    epilog="A recipe is one YAML file; `cuboid train quickstart` runs the one that is shipped.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+checkpoint_app = typer.Typer(help="Look into the checkpoints of a run.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+class Launcher(StrEnum):
+    """What starts the ranks."""
+
+    ray = "ray"
+    local = "local"
+
+
+class Format(StrEnum):
+    """What an export makes."""
+
+    hf = "hf"
+
+
+def main() -> None:
+    """The console script `cuboid`."""
+    app()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """A user's mistake ends the command in words and with 2, a failed run with 1, Ctrl-C with 130."""
+    from cuboid.parallel.errors import RunFailed, UserError
+
+    try:
+        yield
+    except UserError as error:
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except RunFailed as error:
+        _complain(str(error))
+        raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        _complain(f"this needs the package {package}: pip install 'cuboid[{_EXTRAS[package]}]'")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        typer.secho("cuboid: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(line, err=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from cuboid.trainer.version import version
+
+        typer.echo(f"cuboid {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show version and git revision.")
+    ] = False,
+) -> None:
+    """Train Hugging Face language models over a block of devices: data x tensor x pipeline."""
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from cuboid.trainer.recipe_file import shipped_recipes
+
+    files = [str(path) for path in sorted(Path().glob(f"{incomplete}*.yaml"))]
+    return [name for name in shipped_recipes() if name.startswith(incomplete)] + files
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.", autocompletion=_recipe_names)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Fields of the recipe, as parallel.tensor=4; a mapping replaces the whole value.",
+        ),
+    ] = None,
+    launcher: Annotated[Launcher | None, typer.Option(help="ray, or local processes without Ray.")] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh",
+            help="Go on from the newest checkpoint and refuse to begin anew, or move the old folder aside and begin. "
+            "Default: go on where there is a checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run a recipe with its launcher; go on where an earlier run of the same name stopped."""
+    with told():
+        from cuboid.launch import training
+
+        chosen = [f"launch.launcher={launcher.value}"] if launcher else []
+        mode = "auto" if resume is None else "resume" if resume else "fresh"
+        code = training.train(recipe, [*(overrides or ()), *chosen], mode=mode)
+    raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or one checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[
+        Format, typer.Option(help="hf: a folder that AutoModelForCausalLM.from_pretrained loads.")
+    ] = Format.hf,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Write a checkpoint's model for transformers, and prove that it gives equal logits there."""
+    with told():
+        from cuboid.trainer.export import export_hf
+
+        export_hf(source, out, overwrite=overwrite)
+        typer.echo(f"{out}: written, loaded again and compared")
+
+
+@checkpoint_app.command("list")
+def list_checkpoints(path: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """List the checkpoints of a run, newest first."""
+    with told():
+        from cuboid.launch.reports import print_listing
+
+        print_listing(path)
+
+
+@checkpoint_app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")]) -> None:
+    """Show what is in a checkpoint."""
+    with told():
+        from cuboid.launch.reports import print_inspection
+
+        print_inspection(path)
+
+
+@checkpoint_app.command()
+def verify(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")]) -> None:
+    """Check every byte of a checkpoint against its manifest; exit code 1 where one is wrong."""
+    with told():
+        from cuboid.launch.reports import print_verification
+
+        sound = print_verification(path)
+    raise typer.Exit(0 if sound else 1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    with told():
+        import json
+
+        from cuboid.trainer.recipe import Recipe
+
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Cross-field checks: every error at once, each naming the values that would work, before any process starts."""
+
+import json
+import re
+
+import pytest
+
+from cuboid.parallel.errors import UserError, UserErrors
+from cuboid.trainer.check import RANKS_PER_CORE, Devices, check, local_devices, resolve_devices
+from cuboid.trainer.recipe import Recipe
+
+CPU, GPUS = Devices("cpu", 2), Devices("cuda", 4)
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+}
+SMOLLM2 = {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some text")
+
+
+def recipe(*, model=None, pretrained=None, **sections):
+    """A small valid recipe with some fields of its sections changed."""
+    values = {
+        "name": "mini",
+        "model": {"pretrained": pretrained} if pretrained else {"config": LLAMA | (model or {})},
+        "data": {"kind": "text", "path": "text.txt", "sequence_length": 128} | sections.pop("data", {}),
+        "train": {"steps": 10, "global_batch": 16} | sections.pop("train", {}),
+        **sections,
+    }
+    return Recipe.model_validate(values)
+
+
+def complaints(recipe, devices=CPU):
+    with pytest.raises(UserErrors) as caught:
+        check(resolve_devices(recipe, devices), devices)
+    return str(caught.value).splitlines()
+
+
+def test_good_recipes_pass():
+    check(recipe(), CPU)
+    block = {"pipeline": 2, "data": 2, "tensor": 2, "microbatches": 8}
+    check(recipe(parallel=block), CPU)
+    check(recipe(parallel=block | {"schedule": "interleaved_1f1b"}), CPU)
+    check(recipe(parallel={"tensor": 2, "data": 2}), GPUS)
+    check(recipe(model={"model_type": "qwen3", "head_dim": 16}, parallel={"tensor": 2}), None)
+
+
+def test_tensor_against_heads_vocabulary_and_features():
+    (line,) = complaints(recipe(model=SMOLLM2, parallel={"tensor": 2}))
+    assert (
+        line
+        == "parallel.tensor=2 does not divide num_attention_heads=9 and num_key_value_heads=3 of this llama; use 1 or 3"
+    )
+    check(recipe(model=SMOLLM2, parallel={"tensor": 3}, data={"sequence_length": 126}), CPU)
+    (line,) = complaints(recipe(model={"vocab_size": 257}, parallel={"tensor": 2}))
+    assert line == (
+        "parallel.tensor=2 does not divide vocab_size=257 of this llama; use 1, "
+        "or model.config.vocab_size=258 (spare ids do no harm)"
+    )
+    lines = complaints(recipe(parallel={"tensor": 8}))
+    assert "does not divide num_attention_heads=4 and num_key_value_heads=2 of this llama; use 1 or 2" in lines[0]
+
+
+def test_a_family_without_a_tensor_plan_needs_tensor_1():
+    values = {
+        "model_type": "gpt_neo",
+        "vocab_size": 264,
+        "hidden_size": 64,
+        "num_layers": 4,
+        "attention_types": [[["global"], 4]],
+        "num_heads": 4,
+    }
+    without = Recipe.model_validate(recipe(parallel={"tensor": 2}).model_dump() | {"model": {"config": values}})
+    assert (
+        "parallel.tensor=2 has no plan: transformers' gpt_neo does not say how its layers are divided; use 1"
+        in complaints(without)
+    )
+
+
+def test_stages_schedule_and_batch():
+    (line,) = complaints(recipe(parallel={"pipeline": 8, "microbatches": 8}))
+    assert line == "parallel.pipeline=8 makes 8 stages, more than num_hidden_layers=4; use at most 4"
+    interleaved = {"pipeline": 4, "microbatches": 8, "schedule": "interleaved_1f1b"}
+    (line,) = complaints(recipe(parallel=interleaved))
+    assert (
+        line == "parallel.pipeline=4 with 2 stages a rank makes 8 stages, more than num_hidden_layers=4; use at most 2"
+    )
+    lines = complaints(recipe(parallel={"pipeline": 4, "data": 3, "microbatches": 2}, optimizer={"warmup_steps": 11}))
+    assert lines == [
+        "train.global_batch=16 is not a multiple of data x microbatches = 3 x 2 = 6; use 12 or 18",
+        "optimizer.warmup_steps=11 is more than train.steps=10; use at most 10",
+        "parallel.microbatches=2 is fewer than the 4 stages that 1f1b keeps busy; use 4 or more, or schedule gpipe",
+    ]
+
+
+def test_sequence_length():
+    (line,) = complaints(recipe(data={"sequence_length": 512}))
+    assert line == (
+        "data.sequence_length=512 is longer than the model's max_position_embeddings=256; use at most 256, "
+        "or a larger model.config.max_position_embeddings"
+    )
+    odd = recipe(parallel={"tensor": 2}, data={"sequence_length": 127})
+    (line,) = complaints(odd)
+    assert line == (
+        "data.sequence_length=127 is not a multiple of parallel.tensor=2, whose ranks share each sequence; "
+        "use 126 or 128, or parallel.sequence=false"
+    )
+    check(recipe(parallel={"tensor": 2, "sequence": False}, data={"sequence_length": 127}), CPU)
+
+
+def test_ranks_against_the_machine():
+    (line,) = complaints(recipe(parallel={"data": 2, "tensor": 2, "pipeline": 2, "microbatches": 8}), GPUS)
+    assert line == (
+        "parallel=pipeline 2 x data 2 x tensor 2 makes 8 ranks, more than the 4 GPUs of this machine; "
+        "use parallel.data=1, or launch.device=cpu"
+    )
+    (line,) = complaints(recipe(parallel={"data": 128}, train={"global_batch": 128}))
+    assert line.endswith(
+        f"more than the 2 cores of this machine ({RANKS_PER_CORE} ranks a core at most); use parallel.data=64"
+    )
+    # auto takes what the devices leave
+    assert resolve_devices(recipe(parallel={"data": "auto", "tensor": 2}), GPUS).layout.data == 2
+    assert resolve_devices(recipe(parallel={"data": "auto", "tensor": 4}), CPU).layout.data == 1
+    with pytest.raises(UserError, match=r"parallel.data=auto has no room: pipeline x tensor = 8 ranks on 4 GPUs"):
+        resolve_devices(recipe(parallel={"data": "auto", "tensor": 4, "pipeline": 2}), GPUS)
+    assert local_devices(recipe(launch={"device": "cpu"}).launch).kind == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"model_type": "lama"}, "model.config.model_type=lama is not a family that transformers knows; did you mean llama?"),
+        ({"hiden_size": 3}, "model.config.hiden_size=3 is not a key of LlamaConfig; did you mean hidden_size?"),
+        ({"num_attention_heads": 3}, "The hidden size (64) is not a multiple of the number of attention heads (3)."),
+        ({"hidden_size": "big"}, "Field 'hidden_size' expected int, got str (value: 'big')"),
+        ({"vocab_size": 100}, "data.tokenizer=bytes has ids up to 256, which do not fit the model's vocab_size=100"),
+    ],
+)  # fmt: skip
+def test_model_configs_that_cannot_be(model, words):
+    assert any(words in line for line in complaints(recipe(model=model)))
+
+
+def test_pretrained_folders_that_are_none(tmp_path):
+    folder = tmp_path / "models" / "x"
+    assert "model.pretrained=./models/x is no folder here" in complaints(recipe(pretrained="./models/x"))[0]
+    folder.mkdir(parents=True)
+    assert "has no config.json" in complaints(recipe(pretrained="models/x"))[0]
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert "weights in a pickle (*.bin, *.pt) are never read" in complaints(recipe(pretrained="models/x"))[0]
+    (folder / "model.safetensors").touch()
+    check(recipe(pretrained="models/x", data={"tokenizer": "bytes"}), CPU)
+    # a folder's facts count like those of the recipe
+    lines = complaints(recipe(pretrained="models/x", data={"tokenizer": "bytes"}, parallel={"tensor": 3}))
+    assert "num_attention_heads=4 and num_key_value_heads=2 of models/x" in lines[1]
+    assert re.search(r"model.pretrained=models/x gives no tokenizer", complaints(recipe(pretrained="models/x"))[0])
+
+
+def test_folders_and_files():
+    (line,) = complaints(recipe(data={"path": "nowhere.txt"}))
+    assert line.startswith(
+        "data.path=nowhere.txt does not exist; give a file, a folder, a glob, a hub id or package:stdlib"
+    )
+    (line,) = complaints(recipe(runs="text.txt"))
+    assert line.startswith(
+        "runs=text.txt cannot be written: text.txt: Not a directory; use a folder that you may write to"
+    )
+    (line,) = complaints(recipe(runs="/proc/nowhere"))
+    assert "runs=/proc/nowhere cannot be written" in line
+    (line,) = complaints(recipe(launch={"address": "10.0.0.1:6379"}))
+    assert line.endswith("use an absolute path that every node sees")
+
+
+def test_everything_at_once():
+    wrong = recipe(
+        model={"num_key_value_heads": 4},
+        parallel={"tensor": 3, "pipeline": 8},
+        data={"path": "nowhere.txt", "tokenizer": "./nowhere", "sequence_length": 301},
+        train={"global_batch": 7},
+        runs="text.txt",
+    )
+    fields = [line.partition("=")[0] for line in complaints(wrong)]
+    assert fields == [
+        "parallel.microbatches", "data.sequence_length", "runs", "parallel.tensor", "parallel.pipeline",
+        "data.sequence_length", "data.path", "data.tokenizer",
+    ]  # fmt: skip

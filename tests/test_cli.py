@@ -1,0 +1,155 @@
+"""The command line: help in a blink, versions, exit codes, and mistakes told in words."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import transformers  # noqa: F401  (its log handler keeps the stream that it finds first; not the runner's)
+from typer.testing import CliRunner
+
+from cuboid.launch import cli
+from cuboid.launch.run_folder import open_run_folder
+from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe_file import load_recipe
+
+MINI = """\
+# cuboid train mini.yaml
+name: mini
+model:
+  config:
+    model_type: llama
+    vocab_size: 264
+    hidden_size: 32
+    intermediate_size: 64
+    num_hidden_layers: 2
+    num_attention_heads: 2
+    bos_token_id: null
+    eos_token_id: 256
+data: {kind: text, path: text.txt, tokenizer: bytes, sequence_length: 16}
+train: {steps: 3, global_batch: 4}
+checkpoint: {every: 2}
+track: {to: none, timeline_every: 0}
+launch: {launcher: local, device: cpu}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "mini.yaml").write_text(MINI)
+    (tmp_path / "text.txt").write_text("All that is gold does not glitter, not all those who wander are lost. " * 20)
+
+
+def cuboid(*arguments):
+    """Exit code, standard output and standard error of a command in this process."""
+    done = CliRunner().invoke(cli.app, list(arguments))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exc_info
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_help_answers_in_a_blink():
+    heavy = {"torch", "ray", "transformers", "pydantic", "numpy", "yaml", "cuboid.trainer.recipe"}
+    code = (
+        "import sys\nfrom cuboid.launch.cli import main\n"
+        "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    )  # fmt: skip
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    after = os.times()
+    assert not heavy & set(done.stderr.split())
+    assert all(command in done.stdout for command in ("train", "export", "checkpoint", "schema"))
+    # processor time: the goal of 0.3 s must not depend on what else the machine does
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
+
+
+def test_version_tells_the_revision():
+    code, out, _ = cuboid("--version")
+    assert code == 0
+    assert re.fullmatch(r"cuboid \d+\.\d+\.\d+(\+g[0-9a-f]{7,}(\.dirty)?)?\n", out)
+
+
+def test_schema_is_json():
+    code, out, _ = cuboid("schema")
+    assert code == 0
+    assert set(json.loads(out)["properties"]) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trane"], "No such command 'trane'"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["train", "mini.yaml", "--launcher", "slurm"], "'slurm' is not one of 'ray', 'local'"),
+        (["export", "runs/x", "--to", "int4", "--out", "x"], "'int4' is not"),
+        (["train", "mine"], "no recipe is called mine; shipped recipes, by bare name: quickstart"),
+        (["train", "mine.yaml"], "there is no recipe file mine.yaml"),
+        (["train", "mini.yaml", "parallel.tensr=2"], "parallel.tensr is not a key; did you mean parallel.tensor?"),
+        (["train", "mini.yaml", "train.steps=many"], 'override `train.steps=many`: train.steps="many" is not a whole number'),
+        (["train", "mini.yaml", "parallel.tensor=4"], "mini.yaml:12: data.sequence_length=16") ,
+        (["train", "mini.yaml", "parallel.data=3"], "train.global_batch=4 is not a multiple of data x microbatches = 3 x 1 = 3"),
+        (["train", "mini.yaml", "data.path=nowhere.txt"], "override `data.path=nowhere.txt`: data.path=nowhere.txt does not exist"),
+        (["train", "mini.yaml", "model.config.vocab_size=100"], "mini.yaml:13: data.tokenizer=bytes has ids up to 256"),
+        (["train", "mini.yaml", "seed=!!python/object/apply:os.abort []"], "the tag !!python/object/apply:os.abort is refused"),
+        (["train", "mini.yaml", "runs=text.txt"], "runs=text.txt cannot be written"),
+        (["train", "mini.yaml", "--resume"], "there is nothing to resume"),
+        (["checkpoint", "list", "."], "holds no checkpoint"),
+        (["checkpoint", "inspect", "text.txt"], "text.txt"),
+        (["checkpoint", "verify", "nowhere"], "nowhere"),
+        (["export", "nowhere", "--out", "x"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_2_and_in_words(arguments, words):
+    if words == "mini.yaml:12: data.sequence_length=16":
+        words = "override `parallel.tensor=4`: parallel.tensor=4 does not divide num_attention_heads=2"
+    code, out, err = cuboid(*arguments)
+    assert code == 2, out + err
+    assert words in re.sub(r"[\s│]+", " ", err), err
+    assert "Traceback" not in out + err
+
+
+def test_exit_codes_of_what_goes_wrong(monkeypatch):
+    for error, code in ((UserError("a\nb"), 2), (RunFailed("lost"), 1), (KeyboardInterrupt(), 130)):
+        with pytest.raises(cli.typer.Exit) as caught, cli.told():
+            raise error
+        assert caught.value.exit_code == code
+    with pytest.raises(cli.typer.Exit) as caught, cli.told():
+        raise ModuleNotFoundError("no", name="ray.train")
+    assert caught.value.exit_code == 2
+    with pytest.raises(ModuleNotFoundError), cli.told():  # ours, not the user's
+        raise ModuleNotFoundError("no", name="cuboid.nothing")
+
+
+def test_completion_offers_recipes():
+    assert cli._recipe_names("qu") == ["quickstart"]
+    assert cli._recipe_names("mi") == ["mini.yaml"]
+
+
+def test_a_run_folder_is_held_moved_and_compared(tmp_path):
+    recipe = load_recipe("mini.yaml")
+    with open_run_folder(recipe, "auto") as folder:
+        assert folder == tmp_path / "runs" / "mini"
+        assert load_recipe(folder / "recipe.yaml") == recipe
+        with pytest.raises(UserError, match=r"runs/mini is in use by process \d+ on .*; stop it first"):
+            open_run_folder(recipe, "auto").__enter__()
+        with pytest.raises(UserError, match="in use"):
+            open_run_folder(recipe, "fresh").__enter__()
+    other = load_recipe("mini.yaml", ["optimizer.learning_rate=1.0"])
+    with pytest.raises(UserError, match=r"optimizer.learning_rate=1.0 differs from the run's 0.0003") as caught:
+        open_run_folder(other, "auto").__enter__()
+    assert "--fresh begins anew" in str(caught.value)
+    with open_run_folder(other, "fresh") as folder:
+        assert load_recipe(folder / "recipe.yaml") == other
+    assert load_recipe(tmp_path / "runs/mini.1/recipe.yaml") == recipe
+    with open_run_folder(recipe, "fresh"):
+        assert (tmp_path / "runs/mini.2").is_dir()
+    (tmp_path / "runs/theirs").mkdir()
+    (tmp_path / "runs/theirs/thesis.tex").touch()
+    with pytest.raises(UserError, match="is not empty and not a run's folder"):
+        open_run_folder(load_recipe("mini.yaml", ["name=theirs"]), "auto").__enter__()
