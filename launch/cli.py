@@ -5,7 +5,6 @@ Exit codes: 0 done; 1 a failed run; 2 the user's mistake; 130 stopped by Ctrl-C;
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -104,7 +103,10 @@ def _recipe_names(incomplete: str) -> list[str]:
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.", autocompletion=_recipe_names)
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.", autocompletion=_recipe_names
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -129,8 +131,7 @@ def train(
         from cuboid.launch import training
 
         chosen = [f"launch.launcher={launcher.value}"] if launcher else []
-        mode = "auto" if resume is None else "resume" if resume else "fresh"
-        code = training.train(recipe, [*(overrides or ()), *chosen], mode=mode)
+        code = training.train(recipe, [*(overrides or ()), *chosen], resume=resume)
     raise typer.Exit(code)
 
 
@@ -191,4 +192,4 @@ def schema() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

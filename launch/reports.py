@@ -52,8 +52,3 @@ def print_verification(path: Path) -> bool:
 def megabytes(size: int) -> str:
     """Bytes for people."""
     return f"{size / 1e6:,.1f} MB"
-
-
-def newest_picture(folder: Path) -> Path | None:
-    """The newest picture of a run's schedule as it ran."""
-    return max(folder.glob("timeline/*.png"), default=None, key=lambda path: path.stat().st_mtime)

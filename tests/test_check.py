@@ -148,7 +148,7 @@ def test_ranks_against_the_machine():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"model_type": "lama"}, "model.config.model_type=lama is not a family that transformers knows; did you mean llama?"),
+        ({"model_type": "lama"}, "model_type=lama is not a family that transformers knows; did you mean llama?"),
         ({"hiden_size": 3}, "model.config.hiden_size=3 is not a key of LlamaConfig; did you mean hidden_size?"),
         ({"num_attention_heads": 3}, "The hidden size (64) is not a multiple of the number of attention heads (3)."),
         ({"hidden_size": "big"}, "Field 'hidden_size' expected int, got str (value: 'big')"),
