@@ -9,7 +9,7 @@ PACKAGES := -p cuboid.parallel -p cuboid.trainer -p cuboid.recipes -p cuboid.lau
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 test test-full lint format types typing
+.PHONY: help install quickstart smollm2 test test-full lint format types typing docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -60,3 +60,6 @@ types: install ## mypy, against an installed wheel
 typing: ## a folder of links, .typing/cuboid, through which editors see the packages
 	mkdir -p .typing/cuboid
 	for package in parallel trainer recipes launch; do ln -sfn ../../$$package .typing/cuboid/$$package; done
+
+docs: install ## docs/recipe.md, from the recipe's schema
+	$(BIN)/python docs/recipe_reference.py > docs/recipe.md
