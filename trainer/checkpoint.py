@@ -230,11 +230,15 @@ class Checkpointer:
         except Exception as error:
             discard(partial)
             return failures[0] if failures else self._fault(error)
+        return Saved(path, sum(record.size for record in files.values()))
+
+    def _retain(self, step: int) -> None:
+        if self._ranks.rank > 0:
+            return
         try:
             retain(self.folder, keep=self.keep, newest=step)
         except OSError as error:  # the new checkpoint is good; only the old ones take space
             self._tell("checkpoint_not_removed", step=step, cause=self._fault(error).cause)
-        return Saved(path, sum(record.size for record in files.values()))
 
     def _fault(self, error: Exception) -> Failure:
         cause = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)

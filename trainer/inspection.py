@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from cuboid.trainer.manifest import (
     FACTS,
@@ -25,7 +25,7 @@ from cuboid.trainer.manifest import (
     steps,
     what_instead,
 )
-from cuboid.trainer.tensor_table import read_table
+from cuboid.trainer.tensor_table import prefix_mark, read_table
 
 _BLOCK_BYTES = 1 << 22
 
@@ -127,7 +127,7 @@ def _fault(path: Path, name: str, manifest: Manifest) -> str:
                 return f"{path}: {name} has {size} bytes instead of {record.size}"
             if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
                 return ""
-            inside = _changed_tensors(path, name, file, manifest) if name.endswith(".safetensors") else ""
+            inside = _changed_part(path, name, file, manifest) if name.endswith(".safetensors") else ""
     except CheckpointError as error:
         return str(error)
     except OSError as error:
@@ -135,24 +135,26 @@ def _fault(path: Path, name: str, manifest: Manifest) -> str:
     return f"{path}: {name} is not what its manifest says (SHA-256 differs{inside})"
 
 
-def _changed_tensors(path: Path, name: str, file: BinaryIO, manifest: Manifest) -> str:
-    """Which tensors of a changed file do not have the checksum of tensors.json, in words."""
+def _changed_part(path: Path, name: str, file: BufferedReader, manifest: Manifest) -> str:
+    """Where in a changed file the change begins, in words; nothing where tensors.json cannot say it."""
     try:
         table = read_table(path, manifest)
     except CheckpointError:
         return ""
-    changed = [
-        tensor
-        for tensor, record in table.items()
-        for chunk in record.chunks
-        if chunk.file == name and _crc32(file, chunk.start, chunk.bytes) != chunk.crc32
-    ]
-    return f", in tensor {', '.join(changed)}" if changed else ", in its header"
+    inside = [(chunk, tensor) for tensor, record in table.items() for chunk in record.chunks if chunk.file == name]
+    sha = hashlib.sha256()
+    file.seek(0)
+    for chunk, tensor in sorted(inside, key=lambda pair: pair[0].start):
+        _update(sha, file, chunk.start - file.tell())
+        if prefix_mark(sha) != chunk.before:
+            return ", in its header"
+        _update(sha, file, chunk.bytes)
+        if prefix_mark(sha) != chunk.after:
+            return f", first in tensor {tensor}"
+    return ""
 
 
-def _crc32(file: BinaryIO, start: int, size: int) -> int:
-    file.seek(start)
-    value = 0
+def _update(sha: Any, file: BufferedReader, size: int) -> None:
     while size > 0 and (block := file.read(min(size, _BLOCK_BYTES))):
-        value, size = zlib.crc32(block, value), size - len(block)
-    return value
+        sha.update(block)
+        size -= len(block)

@@ -22,8 +22,9 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from cuboid.parallel.errors import UserError
 
@@ -81,7 +82,7 @@ def steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def open_file(folder: Path, name: str) -> BinaryIO:
+def open_file(folder: Path, name: str) -> BufferedReader:
     """Open one file of a checkpoint: a plain file inside the folder, reached through no link.
 
     Raises:
@@ -97,7 +98,7 @@ def open_file(folder: Path, name: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{folder}: {name} is not a plain file; refused")
-    return open(descriptor, "rb")
+    return BufferedReader(FileIO(descriptor))
 
 
 def read_json(folder: Path, name: str, record: FileRecord | None = None) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,8 +23,9 @@ from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
+from cuboid.parallel.gradients import local
 from cuboid.trainer.manifest import FileRecord
-from cuboid.trainer.tensor_table import ITEM_BYTES, Chunk
+from cuboid.trainer.tensor_table import ITEM_BYTES, Chunk, prefix_mark
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,7 +47,7 @@ DTYPES = {
 """safetensors' names of dtypes (https://huggingface.co/docs/safetensors)."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILE_BYTES = 2 << 30
-_BLOCK_BYTES = 1 << 23
+_BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,6 @@ class Written:
     pieces: list[tuple[str, str, tuple[int, ...], Chunk]]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that this rank holds."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
 def signature(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
     """What a plan depends on: equal signatures on every rank mean an equal plan."""
     return [
@@ -120,9 +115,8 @@ def plan_pieces(tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | Non
     if alone:
         return [_piece(item) for item in _divide(planner, [mine])[0].items]
     first = dist.get_rank(group) == 0
-    root = dist.get_global_rank(group or dist.group.WORLD, 0)
     plans: list[Any] | None = [None] * dist.get_world_size(group) if first else None
-    dist.gather_object(mine, plans, dst=root, group=group)
+    dist.gather_object(mine, plans, dst=0, group=group)
     divided: list[Any] | None = None
     if plans is not None:
         try:
@@ -130,7 +124,7 @@ def plan_pieces(tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | Non
         except Exception as error:  # told to all, or the others would wait for ever
             divided = [str(error)] * len(plans)
     received: list[Any] = [None]
-    dist.scatter_object_list(received, divided, src=root, group=group)
+    dist.scatter_object_list(received, divided, src=0, group=group)
     if isinstance(received[0], str):
         raise ValueError(f"the ranks' tensors cannot be saved together: {received[0]}")
     return [_piece(item) for item in received[0].items]
@@ -172,7 +166,7 @@ class Arena:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the planned pieces of ``tensors`` in; the tensors may change as soon as this returns."""
         for name, slot in self._slots.items():
-            slot.copy_(local(tensors[name]), non_blocking=True)
+            slot.copy_(local(tensors[name].detach()), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
 
@@ -210,6 +204,7 @@ def _divide(planner: DefaultSavePlanner, plans: Sequence[SavePlan]) -> list[Save
     boxes: dict[str, set[tuple[Any, ...]]] = {}
     wholes: dict[str, int] = {}
     for item in (item for plan in plans for item in plan.items):
+        assert item.tensor_data is not None
         boxes.setdefault(item.index.fqn, set()).add(_box(item))
         wholes[item.index.fqn] = math.prod(item.tensor_data.size)
     mixed = {name for name, cut in boxes.items() if sum(math.prod(sizes) for _, sizes in cut) != wholes[name]}
@@ -269,22 +264,22 @@ def encode_header(entries: Mapping[str, Any]) -> bytes:
 def _write(path: Path, view: memoryview) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        while view:
-            view = view[os.write(descriptor, view[:_BLOCK_BYTES]) :]
+        written = 0
+        while written < len(view):
+            count = os.write(descriptor, view[written : written + _BLOCK_BYTES])
+            if hasattr(os, "posix_fadvise"):  # lets the disk begin at once, so that fsync finds little left to do
+                os.posix_fadvise(descriptor, written, count, os.POSIX_FADV_DONTNEED)
+            written += count
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _digest(file: FilePlan, view: memoryview) -> tuple[FileRecord, list[Chunk]]:
-    """SHA-256 of the file, and of each piece a CRC-32 that names the tensor where a byte changed."""
     sha = hashlib.sha256(file.header)
     chunks = []
     for piece, start in zip(file.pieces, file.starts, strict=True):
-        crc = 0
-        for first in range(start, start + piece.bytes, _BLOCK_BYTES):
-            block = view[first : min(first + _BLOCK_BYTES, start + piece.bytes)]
-            sha.update(block)
-            crc = zlib.crc32(block, crc)
-        chunks.append(Chunk(piece.offsets, piece.sizes, file.name, start, piece.bytes, crc))
+        before = prefix_mark(sha)
+        sha.update(view[start : start + piece.bytes])
+        chunks.append(Chunk(piece.offsets, piece.sizes, file.name, start, piece.bytes, before, prefix_mark(sha)))
     return FileRecord(file.size, sha.hexdigest()), chunks

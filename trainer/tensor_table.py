@@ -23,14 +23,19 @@ ITEM_BYTES = {
 @dataclass(frozen=True)
 class Chunk:
     """One box of a tensor: where it begins in the tensor and how large it is (in elements, one number a dim), and the
-    file, first byte and number of bytes that hold it."""
+    file, first byte and number of bytes that hold it.
+
+    ``before`` and ``after`` begin (16 hex digits) the SHA-256 of the file up to the box's first byte and
+    up to its end; they cost nothing beside the file's own, and tell in which box of a changed file the change begins.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
     start: int
     bytes: int
-    crc32: int
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class TensorRecord:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def prefix_mark(sha256: Any) -> str:
+    """What a chunk keeps of the running SHA-256 of its file."""
+    return sha256.copy().hexdigest()[:16]
 
 
 def encode_table(table: Mapping[str, TensorRecord]) -> bytes:
@@ -72,7 +82,14 @@ def read_table(folder: Path, manifest: Manifest) -> dict[str, TensorRecord]:
 
 def _record(entry: Mapping[str, Any]) -> TensorRecord:
     chunks = tuple(
-        Chunk(_sizes(c["offsets"]), _sizes(c["sizes"]), str(c["file"]), *_sizes((c["start"], c["bytes"], c["crc32"])))
+        Chunk(
+            _sizes(c["offsets"]),
+            _sizes(c["sizes"]),
+            str(c["file"]),
+            *_sizes((c["start"], c["bytes"])),
+            str(c["before"]),
+            str(c["after"]),
+        )
         for c in entry["chunks"]
     )
     return TensorRecord(str(entry["dtype"]), _sizes(entry["shape"]), chunks)
