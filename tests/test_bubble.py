@@ -1,16 +1,18 @@
-"""The measured bubble: sleeping stages against the simulator, what the gap is made of, clocks, and what timing costs."""
+"""The measured bubble: sleeping stages against the simulator, what the gap is made of, clocks, the cost of timing."""
 
+import statistics
 import time
 
 import pytest
 import torch
+from harness import run_ranks
+from torch import nn
+
 from cuboid.parallel.layout import Layout
 from cuboid.parallel.mesh import connect
 from cuboid.parallel.pipeline import ActionTime, Pipeline, Timer
 from cuboid.parallel.schedules import ideal_bubble, order, simulate, stage_indices
 from cuboid.trainer.metrics import BubbleMeter, StepTimes, bubble, clock_offset
-from harness import run_ranks
-from torch import nn
 
 RANKS, MICROBATCHES, SLOW = 4, 8, 2
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2}
@@ -105,3 +107,158 @@ def test_sleeping_stages_are_measured_as_simulated():
 def test_sleeping_stages_at_200_milliseconds():
     results = run_ranks(sleep_through_all, RANKS, 0.2, 2, timeout=300)[0]
     assert_measured_as_simulated(results, 0.2, 0.01)
+
+
+def as_simulated(schedule, seconds, ready=None, delay=0.0, **sizes):
+    """Times of a step that ran as simulated from t = 100 s, each message ``delay`` late; ranks ready at ``ready``."""
+    actions = order(schedule, **sizes)
+    simulation = simulate(actions, lambda action: seconds(action) + delay, ready=ready)
+    return [
+        [
+            ActionTime(
+                action.kind, action.stage, action.microbatch, 100 + start, 100 + stop - delay, seconds(action) / 2
+            )
+            for action, start, stop in zip(*columns, strict=True)
+        ]
+        for columns in zip(actions, simulation.starts, simulation.stops, strict=True)
+    ]
+
+
+SIZES = {"pipeline": 4, "virtual_stages": 1, "microbatches": 8}
+
+
+def unequal(action):
+    return {"F": 1.0, "B": 2.0, "R": 0.25}[action.kind] * (1.5 if action.stage == 1 else 1.0)
+
+
+def explain(actions, freed=(99.0,) * 4, entered=(99.5,) * 4, contended=False):
+    times = StepTimes(actions=actions, freed=freed, entered=entered, updated=(140.0,) * 4)
+    return bubble(times, ideal=ideal_bubble("1f1b", **SIZES), contended=contended)
+
+
+def test_a_step_without_delays_has_no_gap():
+    result = explain(as_simulated("1f1b", unequal, **SIZES), contended=True)
+    simulation = simulate(order("1f1b", **SIZES), unequal)
+    assert result.measured == pytest.approx(simulation.bubble)
+    assert result.expected == pytest.approx(simulation.bubble)
+    assert result.replayed == pytest.approx(simulation.bubble), "thread times here are half of wall times"
+    assert result.by_rank == pytest.approx([1 - busy / simulation.wall for busy in simulation.busy])
+    assert (result.optimizer, result.input, result.communication) == pytest.approx((0, 0, 0), abs=1e-12)
+    assert result.imbalance == pytest.approx(simulation.bubble - 3 / 11)
+    assert result.stage_seconds == pytest.approx((3.0, 4.5, 3.0, 3.0))
+    assert result.slow_stage == 1
+    assert result.pipeline_seconds == pytest.approx(simulation.wall)
+    assert result.input_seconds == pytest.approx(0.5)
+    assert result.optimizer_seconds == pytest.approx(40 - simulation.wall)
+
+
+def test_the_gap_is_split_into_what_caused_it():
+    late = explain(as_simulated("1f1b", unequal, ready=[0, 6, 0, 0], **SIZES), entered=(100, 106, 99, 99))
+    assert late.input == pytest.approx(late.measured - late.expected)
+    assert late.input > 0.01
+    assert (late.optimizer, late.communication) == pytest.approx((0, 0), abs=1e-12)
+    times = {"freed": (100, 104, 99, 99), "entered": (100, 106, 99, 99)}
+    both = explain(as_simulated("1f1b", unequal, ready=[0, 6, 0, 0], **SIZES), **times)
+    assert both.optimizer > 0.01
+    assert both.optimizer + both.input == pytest.approx(late.input)
+    slow_messages = explain(as_simulated("1f1b", unequal, delay=0.5, **SIZES))
+    assert slow_messages.communication > 0.05
+    for result in (late, both, slow_messages):
+        parts = (result.ideal, result.imbalance, result.optimizer, result.input, result.communication)
+        assert sum(parts) == pytest.approx(result.measured)
+
+
+def test_one_hiccup_names_no_stage_slow():
+    actions = as_simulated("1f1b", lambda a: 50.0 if (a.kind, a.stage, a.microbatch) == ("F", 3, 5) else 1.0, **SIZES)
+    assert explain(actions).slow_stage is None
+
+
+def test_one_stage_alone_has_no_bubble():
+    sizes = {"pipeline": 1, "virtual_stages": 1, "microbatches": 3}
+    times = StepTimes(actions=as_simulated("1f1b", unequal, **sizes), freed=(99,), entered=(99,), updated=(120,))
+    result = bubble(times, ideal=ideal_bubble("1f1b", **sizes), contended=False)
+    assert (result.measured, result.expected, result.ideal) == pytest.approx((0, 0, 0), abs=1e-12)
+    assert result.slow_stage is None
+    assert "bubble_replayed" not in result.record()
+
+
+def estimate_offsets():
+    with connect(Layout(pipeline=3)) as block:
+        error = 1000.0 * block.rank
+        return clock_offset(block.mesh["pipeline"].get_group(), now=lambda: time.monotonic() + error)
+
+
+def test_clocks_of_other_hosts_are_aligned():
+    assert run_ranks(estimate_offsets, 3) == pytest.approx([0, -1000, -2000], abs=0.01)
+
+
+def columns_measured():
+    """A 2 x 2 x 1 block in which data rank 1's pipeline is simply slower; rank 0 gets the mean."""
+    with connect(Layout(pipeline=2, data=2)) as block:
+        sizes = {"pipeline": 2, "virtual_stages": 1, "microbatches": 4}
+        meter = BubbleMeter(block, schedule="1f1b", virtual_stages=1, microbatches=4)
+        own = as_simulated("1f1b", unequal, delay=0.5 * block.coordinate.data, **sizes)[block.coordinate.pipeline]
+        result = meter.measure(Newest(own, entered_seconds=99.0))
+        return result and (result.bubble, result.times.actions[1] if block.rank == 0 else None, own)
+
+
+class Newest:
+    """What `BubbleMeter` reads of a pipeline."""
+
+    def __init__(self, times, entered_seconds):
+        self.times, self.entered_seconds = times, entered_seconds
+
+
+def test_pipelines_are_averaged_on_rank_0():
+    results = run_ranks(columns_measured, 4)
+    assert results[1:] == [None, None, None]
+    mean, second_rank, _ = results[0]
+    sizes = {"pipeline": 2, "virtual_stages": 1, "microbatches": 4}
+    ideal, measured = ideal_bubble("1f1b", **sizes), []
+    for delay in (0.0, 0.5):
+        actions = as_simulated("1f1b", unequal, delay=delay, **sizes)
+        times = StepTimes(actions=actions, freed=(0, 0), entered=(0, 0), updated=(200, 200))
+        measured.append(bubble(times, ideal=ideal, contended=False).measured)
+    assert mean.measured == pytest.approx(sum(measured) / 2)
+    assert mean.ideal == ideal
+    assert second_rank == as_simulated("1f1b", unequal, **sizes)[1]
+
+
+def seconds_of_measuring():
+    """What `BubbleMeter.measure` adds to a step on 2 x 2 x 2, beside a barrier that stands for the step's own."""
+    with connect(Layout(pipeline=2, data=2, tensor=2)) as block:
+        meter = BubbleMeter(block, schedule="1f1b", virtual_stages=1, microbatches=8)
+        sizes = {"pipeline": 2, "virtual_stages": 1, "microbatches": 8}
+        newest = Newest(as_simulated("1f1b", unequal, **sizes)[block.coordinate.pipeline], entered_seconds=99.0)
+
+        def median_seconds(call):
+            seconds = []
+            for _ in range(20):
+                torch.distributed.barrier()
+                start = time.perf_counter()
+                call()
+                torch.distributed.barrier()
+                seconds.append(time.perf_counter() - start)
+            return statistics.median(seconds)
+
+        return min(median_seconds(lambda: meter.measure(newest)) - median_seconds(lambda: None) for _ in range(4))
+
+
+def test_timing_costs_less_than_one_percent_of_a_step():
+    """Calls x cost of a call, and the messages, against the quickstart's step: half a second at the very least."""
+    timer, calls = Timer(torch.device("cpu")), 2000
+
+    def seconds_of_a_call():
+        timer.begin()
+        start = time.perf_counter()
+        for microbatch in range(calls):
+            timer.time("F", 0, microbatch, int)
+        return (time.perf_counter() - start) / calls
+
+    timed = min(seconds_of_a_call() for _ in range(5))
+    actions = sum(len(own) for own in order("1f1b", pipeline=2, virtual_stages=1, microbatches=8))
+    exchange = run_ranks(seconds_of_measuring, 8)[0]
+    # ranks share cores, so that all ranks' calls count
+    assert 4 * actions * timed + exchange < 0.01 * 0.5, (
+        f"{timed * 1e6:.1f} us a call, {exchange * 1e3:.1f} ms to exchange"
+    )

@@ -96,7 +96,7 @@ def draw(path: Path, measurement: Measurement, *, title: str) -> None:
         axes.broken_barh([(0, wall)], (rank - 0.4, 0.8), color=IDLE, zorder=1)
         paler = {stage: 0.45 * turn / max(1, turns - 1) for turn, turns, stage in _turns(own)}
         spans: dict[str, list[tuple[float, float]]] = {}
-        for time in own:
+        for time in _visible(own, wall):
             start, label = time.start_seconds - zero, str(max(time.microbatch, 0))
             spans.setdefault(_paler(KINDS[time.kind][1], paler[time.stage]), []).append((start, time.seconds))
             if time.microbatch >= 0 and time.seconds > (len(label) + 0.6) * label_seconds:
@@ -130,7 +130,7 @@ def _finish(axes: Any, *, seconds: float) -> None:
 def _legend(axes: Any, actions: Sequence[Sequence[ActionTime]], wall: float) -> None:
     from matplotlib.patches import Patch
 
-    visible = {time.kind for own in actions for time in own if time.seconds > 1e-3 * wall}
+    visible = {time.kind for own in actions for time in _visible(own, wall)}
     shown = [Patch(color=colour, label=name) for kind, (name, colour) in KINDS.items() if kind in visible]
     if any(len(_turns(own)) > 1 for own in actions):
         shown.append(Patch(color=_paler(KINDS["F"][1], 0.45), label="paler: the rank's later stage"))
@@ -144,6 +144,11 @@ def _legend(axes: Any, actions: Sequence[Sequence[ActionTime]], wall: float) -> 
         handlelength=1.2,
         borderaxespad=0.2,
     )
+
+
+def _visible(actions: Sequence[ActionTime], wall: float) -> list[ActionTime]:
+    """Without the reductions of a model that has nothing to reduce, which are a microsecond long."""
+    return [time for time in actions if time.seconds > 3e-4 * wall]
 
 
 def _summary(bubble: Bubble) -> str:
