@@ -30,7 +30,7 @@ DOORS = {
     "huggingface_hub": {"trainer/model.py", "trainer/model_config.py"},
     "matplotlib": {"trainer/timeline.py"},
     "pydantic": {"trainer/recipe.py"},
-    "ray": {"launch/ray_cluster.py"},
+    "ray": {"launch/ray_group.py"},
     "rich": {"launch/progress.py"},
     "safetensors": {"trainer/weights.py", "trainer/restore.py"},
     "torch.distributed.device_mesh.init_device_mesh": {"parallel/mesh.py"},

@@ -1,0 +1,137 @@
+"""Ranks as processes of this machine, without Ray: forked after the imports, watched, forked again after a failure.
+
+Own watching instead of torch's elastic agent: at the first process that ends it kills the others and reports only that
+one, which is as often the echo of a failure as its cause; and it passes errors on as pickles.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+from cuboid.launch import worker
+from cuboid.launch.failures import EXIT_CODES, Ending, Failure, Judge
+from cuboid.launch.supervise import die_with_parent, drive
+from cuboid.launch.worker import Place, Train
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.runlog import RunLog
+
+_SETTLE_SECONDS = 2.0
+"""How long ranks have to write down their own cause once one has failed."""
+_KINDS = {code: kind for kind, code in EXIT_CODES.items()}
+
+
+def launch(recipe: Recipe, folder: Path, *, train: Train | None = None) -> int:
+    """Run the recipe as forked processes of this machine; returns the command's exit code.
+
+    Args:
+        recipe: resolved.
+        folder: the run's folder.
+        train: what each rank runs; the training loop unless something else is launched.
+
+    Raises:
+        UserError: the run's folder cannot be written.
+    """
+    folder = folder.absolute()
+    return drive(recipe, folder, partial(_host, recipe, folder, train))
+
+
+def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:
+    # Read by OpenMP when torch is loaded, which is before the fork.
+    os.environ["OMP_NUM_THREADS"] = worker.threads(recipe.layout.world_size)
+    # Else merely asking whether there is a GPU would bar the forked ranks from using it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    log = RunLog(folder)
+    train = train or worker.training_loop()
+    log.event("phase", name="imports")
+    gc.freeze()  # what is imported stays shared with the ranks: no collection writes into its pages
+    judge = Judge(folder, max_failures=recipe.launch.max_failures)
+    while True:
+        ranks = _start(recipe, folder, train)
+        log.event("phase", name="workers")
+        here = socket.gethostname()
+        log.event(
+            "workers", ranks={str(rank): {"host": here, "pid": process.pid} for rank, process in enumerate(ranks)}
+        )
+        failed = _wait(ranks)
+        _end(ranks)
+        if not failed:
+            return Ending(code=0)
+        ending = judge.verdict(failed)
+        if ending is not None:
+            return ending
+
+
+def _start(recipe: Recipe, folder: Path, train: Train) -> list[ForkProcess]:
+    size, port, plain = recipe.layout.world_size, worker.free_port(), recipe.model_dump()
+    places = [
+        Place(rank=rank, world_size=size, local_rank=rank, local_size=size, host="127.0.0.1", port=port)
+        for rank in range(size)
+    ]
+    context = get_context("fork")
+    ranks = [
+        context.Process(target=_rank, args=(place, plain, folder, train), name=f"rank-{place.rank}") for place in places
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def _rank(place: Place, recipe: dict[str, object], folder: Path, train: Train) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent(signal.SIGKILL)
+    os.environ.update(worker.environment(place))
+    worker.run(recipe, str(folder), train=train)
+
+
+def _wait(ranks: Sequence[ForkProcess]) -> list[Failure]:
+    """Until all have ended well, or one has failed and the others had the time to say what they saw."""
+    deadline: float | None = None
+    found: dict[int, Failure] = {}
+    running = dict(enumerate(ranks))
+    while running:
+        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not wait([process.sentinel for process in running.values()], timeout=patience):
+            break
+        for rank, process in list(running.items()):
+            if process.is_alive():
+                continue
+            del running[rank]
+            if process.exitcode:
+                found[rank] = _failure(rank, process.exitcode)
+                deadline = deadline or time.monotonic() + _SETTLE_SECONDS
+    return list(found.values())
+
+
+def _failure(rank: int, code: int) -> Failure:
+    """Of a rank that wrote nothing down; what it wrote down stands before this."""
+    if code < 0:
+        return Failure(rank=rank, cause=f"was killed by {_signal_name(-code)}", silent=True, time=time.time())
+    kind = _KINDS.get(code, "error")
+    return Failure(rank=rank, cause=f"ended with exit code {code}", kind=kind, silent=True, time=time.time())
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _end(ranks: Sequence[ForkProcess]) -> None:
+    """No rank of this attempt is left. Killed, not asked: a rank within a collective does not listen."""
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+    for process in ranks:
+        process.join()
+        process.close()

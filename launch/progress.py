@@ -1,0 +1,161 @@
+"""What the user sees of a run: a bar on a terminal, plain lines elsewhere, fed by the run's own logs. The rich door.
+
+Nothing here knows the launcher or the ranks; the run's folder tells all.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from cuboid.launch.failures import Ending
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.runlog import Tail, read_events, read_metrics
+
+_WAITING = {
+    "cluster": "starting the ranks",
+    "imports": "starting the ranks",
+    "workers": "building the model",
+    "start": "first step",
+}
+"""What is under way once a phase is over."""
+
+_SMOOTHED_STEPS = 20
+
+
+class Screen:
+    """Follows a run's folder and shows it. Metrics of an earlier launch are not shown again."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.folder, self._steps, self._every = folder, recipe.train.steps, recipe.train.log_every
+        self._tail = Tail(folder, from_start=False)
+        self._console = Console(highlight=False)
+        self._bar: Progress | None = None
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_SMOOTHED_STEPS)
+        self.steps_done = 0
+        """Steps recorded since this launch."""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[words]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._bar.add_task("step", total=self._steps, words="starting")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._tail.close()
+
+    def say(self, line: str) -> None:
+        """One line above the bar."""
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def update(self) -> None:
+        """Show what was logged since the last call."""
+        records, events = self._tail.poll()
+        for event in events:
+            line = told(event)
+            if line:
+                self.say(line)
+            if self._bar is not None and self.steps_done == 0:
+                words = _WAITING.get(event.get("name", event["kind"]))
+                self._bar.update(self._bar.task_ids[0], words=words) if words else None
+        for record in records:
+            self.steps_done += 1
+            self._step(record)
+
+    def _step(self, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        self._recent.append((time.monotonic(), step))
+        words = _metrics_words(record, self._eta(step))
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, words=escape(words))
+        elif step % self._every == 0 or step == self._steps:
+            self.say(f"step {step}/{self._steps}  {words}")
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds to the last step, at the pace of the newest steps."""
+        (began, first), (now, _) = self._recent[0], self._recent[-1]
+        return (now - began) / (step - first) * (self._steps - step) if step > first else None
+
+    def conclude(self, ending: Ending) -> None:
+        """The last words: what was reached, or why the run ended otherwise."""
+        if ending.code:
+            sys.stdout.flush()
+            Console(stderr=True, highlight=False).print(f"cuboid: {ending.words}", markup=False, soft_wrap=True)
+            return
+        losses = [record["loss"] for record in read_metrics(self.folder) if isinstance(record.get("loss"), float)]
+        change = f", loss {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else ""
+        self.say(f"done: {self._steps} steps{change}")
+
+
+def told(event: Mapping[str, Any]) -> str | None:
+    """An event in a line for the screen; None for those that a user need not see as they come."""
+    kind = event["kind"]
+    if kind == "failure" and event["restart"]:
+        return event["words"]
+    if kind == "start" and event.get("step"):
+        return f"going on after step {event['step']}"
+    if kind == "checkpoint_refused":
+        return f"{event['path']} is refused: {'; '.join(event['faults'][:3])}; the one before it is taken"
+    if kind.endswith("_failed") or kind == "checkpoint_not_removed":
+        return f"{kind.replace('_', ' ')}: {event.get('cause')}"
+    return None
+
+
+def start_phases(folder: Path) -> dict[str, float]:
+    """Seconds of each phase from the newest launch's command to its first step, in the order they ended.
+
+    ``driver``: from the command to the launcher; ``cluster``: the launcher's own process and Ray; ``imports`` of the
+    model code and ``workers``, the ranks' processes (forked after the imports, or importing each for itself);
+    ``groups``: the ranks find one another; then what the start event tells (model, checkpoint, ...), and the
+    ``first step``.
+    """
+    events = read_events(folder)
+    newest = max((index for index, event in enumerate(events) if event["kind"] == "launch"), default=None)
+    if newest is None:
+        return {}
+    last: float = events[newest]["time"]
+    phases = {"driver": last - events[newest]["command_time"]}
+    for event in events[newest:]:
+        if event["kind"] == "phase" and event["name"] not in phases:
+            phases[event["name"]] = event["time"] - last
+            last = event["time"]
+        if event["kind"] == "start" and "groups" not in phases:
+            inside: dict[str, float] = event.get("phases", {})
+            phases |= {"groups": event["time"] - last - sum(inside.values()), **inside}
+            last = event["time"]
+    return {name: round(seconds, 3) for name, seconds in phases.items()}
+
+
+def _metrics_words(record: Mapping[str, Any], eta_seconds: float | None) -> str:
+    parts = []
+    if record.get("loss") is not None:
+        parts.append(f"loss {record['loss']:.4f}")
+    if record.get("tokens_per_second") is not None:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if record.get("bubble_measured") is not None:
+        parts.append(f"bubble {record['bubble_measured']:.0%}")
+    if eta_seconds is not None:
+        parts.append(f"eta {timedelta(seconds=round(eta_seconds))}")
+    return "  ".join(parts)

@@ -1,0 +1,326 @@
+"""The group of ranks within Ray: the cluster, its room, the seats of the ranks, their restarts. The Ray door.
+
+Ray Train starts and restarts the workers, one a rank. What is ours: which worker is which rank (`RankBackend`), and
+whether a failed group starts again (`Restarts`); both run in Ray Train's controller.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
+
+from cuboid.launch import worker
+from cuboid.launch.failures import Ending, Failure, Judge
+from cuboid.launch.supervise import end_with_driver
+from cuboid.launch.worker import Place, Train
+from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.runlog import RunLog, read_events
+from cuboid.trainer.version import version
+
+_ROOM_SECONDS = 45.0
+"""How long nodes may take to join, and other work to end, before a run that has no room is given up."""
+_OBJECT_STORE_BYTES = 80 * 2**20  # no data travels through it; Ray's least is 75 MiB
+_START_FAILURES = 3
+_SETTLE_SECONDS = 1.0
+"""How long ranks have to write down their own cause once one has failed."""
+
+
+class Group:
+    """The ranks of one launch on a Ray cluster."""
+
+    def __init__(self, recipe: Recipe, folder: Path, *, storage: Path) -> None:
+        self.recipe, self.folder, self.storage = recipe, folder, storage
+        self.size = recipe.layout.world_size
+
+    def run(self, address: str | None, train: Train | None) -> Ending:
+        """Until the run has ended; Ray is left behind as it was found.
+
+        Raises:
+            UserError: no cluster at the address, or one without room.
+            RunFailed: the room is taken by other work.
+        """
+        log = RunLog(self.folder)
+        self._connect(address)
+        try:
+            end_with_driver()  # ray.init has taken the signal over
+            bundle = self._room(wait_seconds=_ROOM_SECONDS if address else 0)
+            log.event("phase", name="cluster")
+            return self._fit(bundle, train)
+        finally:
+            ray.shutdown()
+
+    def _connect(self, address: str | None) -> None:
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            # Ranks may outnumber cores: what Ray counts as a CPU here is room for a rank.
+            ray.init(address="local", num_cpus=self.size, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+            return
+        _probe(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
+
+    def _room(self, *, wait_seconds: float) -> dict[str, float]:
+        """What each rank takes of the cluster, once there is room for all."""
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            use_gpu = self.recipe.launch.device == "cuda" or (
+                self.recipe.launch.device == "auto" and any(node.get("GPU") for node in nodes)
+            )
+            bundle = rank_bundle(nodes, self.size, tensor=self.recipe.layout.tensor, gpu=use_gpu)
+            free = ray.available_resources()
+            if bundle and all(free.get(name, 0) >= amount * self.size for name, amount in bundle.items()):
+                return bundle
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(1)
+        need = f"{self.size} ranks need {self.size} {'GPUs' if use_gpu else 'CPUs or a share of one each'}"
+        if bundle is None:
+            raise UserError(f"{need}; the Ray cluster has {told_resources(nodes)}")
+        raise RunFailed(f"{need}; of {told_resources(nodes)} only {told_resources([free])} are free")
+
+    def _fit(self, bundle: dict[str, float], train: Train | None) -> Ending:
+        self.storage.parent.mkdir(exist_ok=True)
+        probe = self.storage.parent / f"seen-{self.storage.name}"
+        probe.touch()
+        trainer = DataParallelTrainer(
+            partial(worker.run, self.recipe.model_dump(), str(self.folder), train=train),
+            backend_config=RankConfig(folder=self.folder, probe=probe, tensor=self.recipe.layout.tensor),
+            scaling_config=ScalingConfig(
+                num_workers=self.size, use_gpu="GPU" in bundle, resources_per_worker=bundle, placement_strategy="PACK"
+            ),
+            run_config=RunConfig(
+                name=self.storage.name,
+                storage_path=str(self.storage.parent),
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=_START_FAILURES),
+                callbacks=[Restarts(self.folder, max_failures=self.recipe.launch.max_failures)],
+            ),
+        )
+        try:
+            trainer.fit()
+        except ControllerError as error:
+            cause = error.controller_failure
+            if isinstance(cause, Ended):
+                return cause.ending
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+            raise RunFailed(f"Ray could not keep the ranks running: {' '.join(str(cause).split())[:300]}") from error
+        return Ending(code=0)
+
+
+def rank_bundle(nodes: Sequence[Mapping[str, float]], ranks: int, *, tensor: int, gpu: bool) -> dict[str, float] | None:
+    """The resources to reserve for each rank so that all find room; None where there is none.
+
+    Args:
+        nodes: total resources of each node, as ``{"CPU": 8.0, "GPU": 4.0}``.
+        ranks: how many are to be seated.
+        tensor: ranks that must share a node.
+        gpu: each rank takes a GPU; otherwise ranks may outnumber CPUs and take a share of one.
+    """
+
+    def seats(share: float, node: Mapping[str, float]) -> int:
+        by_cpu = int(node.get("CPU", 0) / share)
+        return min(by_cpu, int(node.get("GPU", 0))) if gpu else by_cpu
+
+    divided = {node["CPU"] / (tensor * groups) for node in nodes if node.get("CPU") for groups in range(1, ranks + 1)}
+    # Ray counts in ten-thousandths.
+    shares = [1.0, *(int(share * 10_000) / 10_000 for share in divided if share >= 0.001)]
+    fitting = [share for share in shares if sum(seats(share, node) for node in nodes) >= ranks]
+    tidy = [share for share in fitting if not any(seats(share, node) % tensor for node in nodes)]
+    best = tidy or fitting
+    if not best:
+        return None
+    return {"CPU": 1.0 if 1.0 in best else max(best)} | ({"GPU": 1.0} if gpu else {})
+
+
+def rank_order(nodes: Sequence[object], tensor: int) -> list[int]:
+    """For each worker, in the order in which Ray hands them out, its rank: a node's workers take neighbouring ranks.
+
+    Args:
+        nodes: the node that each worker runs on.
+        tensor: neighbouring ranks that must share a node.
+
+    Raises:
+        UserError: the nodes' workers cannot be grouped so.
+    """
+    by_node: dict[object, list[int]] = {}
+    for index, node in enumerate(nodes):
+        by_node.setdefault(node, []).append(index)
+    counts = [len(workers) for workers in by_node.values()]
+    if any(count % tensor for count in counts):
+        raise UserError(
+            f"parallel.tensor={tensor} needs {tensor} ranks together on a node, but the cluster's nodes took "
+            f"{', '.join(map(str, counts))}; use a tensor that divides these, or nodes with more room"
+        )
+    ranks = [0] * len(nodes)
+    for rank, index in enumerate(index for workers in by_node.values() for index in workers):
+        ranks[index] = rank
+    return ranks
+
+
+def told_resources(nodes: Sequence[Mapping[str, float]]) -> str:
+    """``4 CPUs and 2 GPUs on 2 nodes``."""
+    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+    amounts = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    return f"{amounts} on {len(nodes)} nodes" if len(nodes) > 1 else amounts
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a worker tells of itself."""
+
+    node: str
+    address: str
+    host: str
+    pid: int
+    version: str
+    sees_folder: bool
+
+
+@dataclass
+class RankConfig(BackendConfig):
+    """Only environment variables; process groups are made by `cuboid.parallel.mesh` alone."""
+
+    folder: Path
+    probe: Path
+    tensor: int
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return RankBackend
+
+
+class RankBackend(Backend):
+    """Gives each worker its rank before training starts there, at every start of the group."""
+
+    share_cuda_visible_devices = True  # LOCAL_RANK chooses among the GPUs of the node, as under any launcher
+
+    def on_start(self, worker_group: Any, backend_config: RankConfig) -> None:
+        """Called by Ray Train in its controller once all workers are up.
+
+        Raises:
+            UserError: a node does not see the run's folder, has another version, or tensor ranks would not share one.
+        """
+        seats: list[Seat] = worker_group.execute(_describe, backend_config.probe)
+        _check(seats, backend_config)
+        ranks = rank_order([seat.node for seat in seats], backend_config.tensor)
+        first = ranks.index(0)
+        port = worker_group.execute_single(first, worker.free_port)
+        placed: dict[str, dict[str, Any]] = {}
+        settled = []
+        for index, (rank, seat) in enumerate(zip(ranks, seats, strict=True)):
+            neighbours = sorted(r for r, other in zip(ranks, seats, strict=True) if other.node == seat.node)
+            place = Place(
+                rank=rank,
+                world_size=len(ranks),
+                local_rank=neighbours.index(rank),
+                local_size=len(neighbours),
+                host=seats[first].address,
+                port=port,
+            )
+            settled.append(worker_group.execute_single_async(index, _settle, place, os.getcwd()))
+            placed[str(rank)] = {"host": seat.host, "pid": seat.pid, "worker": index, "cuboid": seat.version}
+        ray.get(settled)
+        log = RunLog(backend_config.folder)
+        log.event("phase", name="workers")
+        log.event("workers", ranks=placed)
+
+
+def _describe(probe: Path) -> Seat:
+    return Seat(
+        node=ray.get_runtime_context().get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        version=version(),
+        sees_folder=probe.exists(),
+    )
+
+
+def _check(seats: Sequence[Seat], config: RankConfig) -> None:
+    for seat in seats:
+        if not seat.sees_folder:
+            remedy = "give `runs` as an absolute path that every node sees"
+            raise UserError(f"node {seat.host} does not see the run's folder {config.folder}; {remedy}")
+        if seat.version != version():
+            raise UserError(
+                f"node {seat.host} has cuboid {seat.version}, this command is {version()}; install the same"
+            )
+
+
+def _settle(place: Place, directory: str) -> None:
+    """In a worker: its environment, before torch is imported there."""
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray's guess
+    os.environ["OMP_NUM_THREADS"] = worker.threads(place.local_size)
+    os.environ.update(worker.environment(place))
+    if os.path.isdir(directory):
+        os.chdir(directory)  # where a recipe's relative paths begin
+
+
+class Ended(Exception):
+    """Carries an ending out of Ray Train's controller, which starts the group again after anything that it knows."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending)
+        self.ending = ending
+
+
+class Restarts(UserCallback):
+    """Asked by Ray Train's controller after each failure of the group; says no by raising."""
+
+    def __init__(self, folder: Path, *, max_failures: int) -> None:
+        self._folder = folder
+        self._judge = Judge(folder, max_failures=max_failures)
+
+    def after_exception(self, run_context: object, worker_exceptions: Mapping[int, BaseException]) -> None:
+        """Raises `Ended` where the group shall not start again."""
+        time.sleep(_SETTLE_SECONDS)
+        ending = self._judge.verdict(self._silent(worker_exceptions))
+        if ending is not None:
+            raise Ended(ending)
+
+    def _silent(self, errors: Mapping[int, BaseException]) -> list[Failure]:
+        """The ranks that Ray has found dead, and those whose process is gone without Ray having noticed yet."""
+        starts = [event for event in read_events(self._folder) if event["kind"] == "workers"]
+        return [
+            Failure(rank=int(rank), cause=_told_end(errors.get(place["worker"])), silent=True, time=time.time())
+            for rank, place in starts[-1]["ranks"].items()
+            if place["worker"] in errors or _is_gone(place)
+        ]
+
+
+def _told_end(error: BaseException | None) -> str:
+    if isinstance(error, SystemExit):
+        return f"ended with exit code {error.code}"
+    return "died: its process was killed, perhaps for want of memory"
+
+
+def _is_gone(place: Mapping[str, Any]) -> bool:
+    return place["host"] == socket.gethostname() and not os.path.exists(f"/proc/{place['pid']}")
+
+
+def _probe(address: str) -> None:
+    """Raises UserError where nothing listens; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster answers at launch.address={address}: {error}") from error
