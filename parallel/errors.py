@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """The user's mistake (recipe, arguments, paths); the command line prints it without a traceback and exits with 2."""
+    """The user's mistake (recipe, arguments, paths): told without a traceback, and the command exits with 2."""
 
 
 class FieldError(UserError):

@@ -18,20 +18,29 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a gradient that must be there: a view."""
+    assert parameter.grad is not None, "no gradient reached this parameter"
+    return local(parameter.grad)
+
+
 def close_sums(parameters: Iterable[nn.Parameter]) -> None:
     """Add up gradients that are still partial sums over the tensor axis (norms under sequence parallelism).
 
     FSDP does this for the parameters that it manages; without a data axis it is left to us. One exchange for all.
     """
-    open_ = [p for p in parameters if isinstance(p.grad, DTensor) and p.grad.placements != p.placements]
+    open_ = []
+    for parameter in parameters:
+        grad = parameter.grad
+        if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:
+            assert grad.placements[0].is_partial(), "only partial sums can be left open"
+            open_.append((parameter, grad.to_local()))
     if not open_:
         return
-    assert all(p.grad.placements[0].is_partial() for p in open_), "only partial sums can be left open"
-    mesh = open_[0].device_mesh
-    locals_ = [local(p.grad) for p in open_]
-    flat = torch.cat([grad.flatten() for grad in locals_])
+    mesh = open_[0][0].device_mesh
+    flat = torch.cat([grad.flatten() for _, grad in open_])
     dist.all_reduce(flat, group=mesh.get_group())
-    for parameter, grad, total in zip(open_, locals_, flat.split([g.numel() for g in locals_]), strict=True):
+    for (parameter, grad), total in zip(open_, flat.split([grad.numel() for _, grad in open_]), strict=True):
         parameter.grad = DTensor.from_local(total.view_as(grad), mesh, parameter.placements, run_check=False)
 
 
@@ -60,20 +69,21 @@ class TiedWeights:
 
     def sum_gradients(self) -> None:
         if len(self.copies) == 2:  # both ends stand on this rank, on two stages
-            first, last = (local(copy.grad) for copy in self.copies)
+            first, last = (local_gradient(copy) for copy in self.copies)
             first += last
             last.copy_(first)
         elif self.group is not None:
-            dist.all_reduce(local(self.copies[0].grad), group=self.group)
+            dist.all_reduce(local_gradient(self.copies[0]), group=self.group)
 
 
 def replicas(tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    """How many ranks of one pipeline coordinate hold the same values; ``sizes`` are those of the data and tensor axes."""
+    """How many ranks of one pipeline coordinate hold the same values; ``sizes``: of the data and tensor axes."""
     count = 1
     names = (tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
+    placements = tensor.placements if isinstance(tensor, DTensor) else ()
+    divided = {axis for axis, placement in zip(names, placements, strict=True) if not placement.is_replicate()}
     for axis, size in sizes.items():
-        divided = axis in names and not tensor.placements[names.index(axis)].is_replicate()  # type: ignore[attr-defined]
-        count *= 1 if divided else size
+        count *= 1 if axis in divided else size
     return count
 
 
@@ -85,7 +95,7 @@ def squared_norm(parameters: Sequence[nn.Parameter], sizes: Mapping[str, int]) -
     parameters = [p for p in parameters if p.grad is not None]
     if not parameters:
         return torch.zeros((), dtype=torch.float64)
-    grads = [local(p.grad) for p in parameters]
+    grads = [local_gradient(p) for p in parameters]
     shares = torch.tensor([1.0 / replicas(p, sizes) for p in parameters], dtype=torch.float64, device=grads[0].device)
     norms = torch.stack(torch._foreach_norm(grads, 2.0)).double()
     return (norms.square() * shares).sum()
@@ -94,5 +104,5 @@ def squared_norm(parameters: Sequence[nn.Parameter], sizes: Mapping[str, int]) -
 def clip(parameters: Iterable[nn.Parameter], *, norm: float, limit: float) -> None:
     """Scale all gradients by ``limit / norm`` where the global norm exceeds it (Pascanu et al. 2013)."""
     if norm > limit:
-        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        grads = [local_gradient(p) for p in parameters if p.grad is not None]
         torch._foreach_mul_(grads, limit / (norm + 1e-6))

@@ -35,7 +35,7 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_Nv,) = ctx.saved_tensors
         return grad_Nv * grad.to(grad_Nv.dtype), None, None, None
 

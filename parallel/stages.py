@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def split_layers(num_layers: int, num_stages: int) -> list[range]:
     assert 1 <= num_stages <= num_layers, f"{num_layers} layers cannot fill {num_stages} stages"
     share, remainder = divmod(num_layers, num_stages)
     bounds = [stage * share + min(stage, remainder) for stage in range(num_stages + 1)]
-    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
 class Stage(nn.Module):
@@ -76,6 +77,12 @@ class Stage(nn.Module):
         if self.is_last:
             self.add_module(anatomy.head, model.get_submodule(anatomy.head))
         self.anatomy, self.masks = anatomy, masks
+
+    def tie(self) -> None:
+        """Where both ends stand here, let a tied head be the embedding: `to_empty` gives each module memory of its own."""
+        if self.anatomy.tied and self.is_first and self.is_last:
+            embedding = self.get_submodule(f"{self.anatomy.base}.{self.anatomy.embedding}")
+            self.get_submodule(self.anatomy.head).weight = embedding.weight
 
     @property
     def layers(self) -> nn.ModuleDict:
@@ -111,8 +118,9 @@ def cut_stage(
     """
     part = Stage(model, split_layers(len(anatomy.layer_kinds), num_stages)[stage], anatomy=anatomy, masks=masks)
     if anatomy.tied and part.is_last and not part.is_first:
-        head = part.get_submodule(anatomy.head)
-        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=head.weight.requires_grad)
+        shared = part.get_parameter(anatomy.head_weight)
+        copy = nn.Parameter(torch.empty_like(shared), requires_grad=shared.requires_grad)
+        part.get_submodule(anatomy.head).register_parameter("weight", copy)
     return part
 
 

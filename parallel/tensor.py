@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -100,7 +99,7 @@ def _local_parameters(module: nn.Module, replicated_grad: Placement) -> Iterator
     ``replicated_grad`` says what the local gradient of a replicated parameter is: `Partial` where each rank sees other
     tokens or heads and the sum is still to be taken, `Replicate` where all computed the same.
     """
-    local = {}
+    local: dict[str, Tensor] = {}
     for name, parameter in module._parameters.items():
         if isinstance(parameter, DTensor):
             grad = replicated_grad if parameter.placements[0].is_replicate() else parameter.placements[0]
@@ -120,7 +119,7 @@ def _wrap_local(module: nn.Module, replicated_grad: Placement) -> None:
         with _local_parameters(module, replicated_grad):
             return inner(*args, **kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _column(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
@@ -146,7 +145,7 @@ def _row(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
             summed = leave(inner(x_BTF), group, sequence=sequence)
             return summed if bias is None else summed + bias
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _embedding(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
@@ -163,7 +162,7 @@ def _embedding(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
             hidden = inner((ids_BT - first).masked_fill(elsewhere, 0))
         return leave(hidden.masked_fill(elsewhere.unsqueeze(-1), 0), group, sequence=sequence)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def _head(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:

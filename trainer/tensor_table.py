@@ -81,18 +81,21 @@ def read_table(folder: Path, manifest: Manifest) -> dict[str, TensorRecord]:
 
 
 def _record(entry: Mapping[str, Any]) -> TensorRecord:
-    chunks = tuple(
-        Chunk(
-            _sizes(c["offsets"]),
-            _sizes(c["sizes"]),
-            str(c["file"]),
-            *_sizes((c["start"], c["bytes"])),
-            str(c["before"]),
-            str(c["after"]),
-        )
-        for c in entry["chunks"]
-    )
+    chunks = tuple(_chunk(chunk) for chunk in entry["chunks"])
     return TensorRecord(str(entry["dtype"]), _sizes(entry["shape"]), chunks)
+
+
+def _chunk(entry: Mapping[str, Any]) -> Chunk:
+    start, size = _sizes((entry["start"], entry["bytes"]))
+    return Chunk(
+        _sizes(entry["offsets"]),
+        _sizes(entry["sizes"]),
+        str(entry["file"]),
+        start,
+        size,
+        str(entry["before"]),
+        str(entry["after"]),
+    )
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
