@@ -15,7 +15,7 @@ from cuboid.launch import worker
 from cuboid.launch.failures import STOPPED, shown
 from cuboid.launch.run_folder import newest_step, open_run_folder
 from cuboid.parallel.errors import UserError
-from cuboid.trainer.check import check, local_devices, resolve_devices
+from cuboid.trainer.check import check, local_devices, resolve_devices, runs_elsewhere
 from cuboid.trainer.inspection import listing
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_file import read_recipe
@@ -72,7 +72,7 @@ def checked_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     recipe = source.recipe()
     try:
         _settle_environment(recipe)
-        devices = local_devices(recipe.launch)
+        devices = None if runs_elsewhere(recipe.launch) else local_devices(recipe.launch)
         recipe = resolve_devices(recipe, devices)
         check(recipe, devices)
     except UserError as error:

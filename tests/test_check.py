@@ -186,8 +186,16 @@ def test_folders_and_files():
     )
     (line,) = complaints(recipe(runs="/proc/nowhere"))
     assert "runs=/proc/nowhere cannot be written" in line
-    (line,) = complaints(recipe(launch={"address": "10.0.0.1:6379"}))
+
+
+def test_ranks_that_run_elsewhere(tmp_path):
+    cluster = {"address": "10.0.0.1:6379"}
+    (line,) = complaints(recipe(launch=cluster), None)
     assert line.endswith("use an absolute path that every node sees")
+    # the cluster's own room is looked at by the launcher
+    check(recipe(launch=cluster, runs=str(tmp_path), parallel={"data": 512}, train={"global_batch": 512}), None)
+    with pytest.raises(UserError, match=r"parallel.data=auto cannot be settled before the Ray cluster is reached"):
+        resolve_devices(recipe(launch=cluster, parallel={"data": "auto"}), None)
 
 
 def test_everything_at_once():

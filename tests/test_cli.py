@@ -58,15 +58,17 @@ def test_help_answers_in_a_blink():
         "import sys\nfrom cuboid.launch.cli import main\n"
         "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     )  # fmt: skip
-    before = os.times()
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=60, check=True
-    )
-    after = os.times()
+    spent = []
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=60)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        assert done.returncode == 0
     assert not heavy & set(done.stderr.split())
     assert all(command in done.stdout for command in ("train", "export", "checkpoint", "schema"))
-    # processor time: the goal of 0.3 s must not depend on what else the machine does
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
+    # the goal, in processor time, which depends least on what else the machine does
+    assert min(spent) < 0.3
 
 
 def test_version_tells_the_revision():
@@ -151,3 +153,55 @@ def test_a_run_folder_is_held_moved_and_compared(tmp_path):
     (tmp_path / "runs/theirs/thesis.tex").touch()
     with pytest.raises(UserError, match="is not empty and not a run's folder"):
         open_run_folder(load_recipe("mini.yaml", ["name=theirs"]), "auto").__enter__()
+
+
+def test_a_run_from_the_command_to_its_end(tmp_path):
+    """Trains, ends with the places of its results, goes on, and does not begin anew by accident."""
+
+    def steps():
+        return [json.loads(line)["step"] for line in (tmp_path / "runs/mini/metrics.jsonl").read_text().splitlines()]
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "cuboid.launch.cli", "train", "mini.yaml", *arguments],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    done = command()
+    assert done.returncode == 0, done.stderr
+    ending = done.stdout.splitlines()[-3:]
+    assert ending == [
+        "metrics     runs/mini/metrics.jsonl",
+        "checkpoint  runs/mini/checkpoints/step-00000003",
+        "next        cuboid export runs/mini --to hf --out mini-hf",
+    ]
+    assert steps() == [1, 2, 3]
+    code, out, _ = cuboid("train", "mini.yaml")
+    assert code == 0
+    assert out.splitlines() == ["mini is complete; train.steps=6 goes on, --fresh begins anew", *ending]
+    code, _, err = cuboid("train", "mini.yaml", "data.sequence_length=32", "seed=5", "parallel.data=2")
+    assert code == 2
+    assert "data.sequence_length=32 differs from the run's 16; set data.sequence_length=16" in err
+    assert "seed=5 differs from the run's 1234; set seed=1234" in err
+    assert "parallel" not in err
+    done = command("train.steps=5", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 3" in done.stdout
+    assert steps() == [1, 2, 3, 4, 5]
+    code, out, _ = cuboid("checkpoint", "list", "runs/mini")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["5", "4", "3"]
+    code, out, _ = cuboid("checkpoint", "inspect", "runs/mini")
+    assert code == 0
+    assert "step        5" in out
+    assert "model.embed_tokens.weight" in out
+    assert cuboid("checkpoint", "verify", "runs/mini")[0] == 0
+    shard = max(
+        (tmp_path / "runs/mini/checkpoints/step-00000005").glob("*.safetensors"), key=lambda path: path.stat().st_size
+    )
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    code, out, _ = cuboid("checkpoint", "verify", "runs/mini")
+    assert code == 1
+    assert shard.name in out

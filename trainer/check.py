@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -58,9 +59,23 @@ def local_devices(settings: LaunchSettings) -> Devices:
     return Devices("cpu", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def resolve_devices(recipe: Recipe, devices: Devices) -> Recipe:
-    """The recipe with ``launch.device`` and ``parallel.data`` settled where they say auto."""
+def runs_elsewhere(settings: LaunchSettings) -> bool:
+    """Whether the ranks start on a Ray cluster that is already there: a given one, or the one of a submitted job."""
+    given = settings.address is not None or "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return settings.launcher == "ray" and given
+
+
+def resolve_devices(recipe: Recipe, devices: Devices | None) -> Recipe:
+    """The recipe with ``launch.device`` and ``parallel.data`` settled where they say auto.
+
+    Without ``devices``, which only a cluster knows, ``launch.device`` stays; raises FieldError where data cannot.
+    """
     parallel, inner = recipe.parallel, recipe.parallel.pipeline * recipe.parallel.tensor
+    if devices is None:
+        if parallel.data == "auto":
+            constraint = "cannot be settled before the Ray cluster is reached"
+            raise FieldError("parallel.data", "auto", constraint, "give a number of ranks")
+        return recipe
     if parallel.data == "auto":
         if devices.kind == "cuda" and inner > devices.count:
             constraint = f"has no room: pipeline x tensor = {inner} ranks on {devices}"
@@ -75,7 +90,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
 
     Args:
         recipe: resolved by `resolve_devices`.
-        devices: of the machine or cluster; None where they are not known before the launch.
+        devices: of this machine; None where ranks run elsewhere, and the launcher looks for their room there.
     """
     errors = [
         *(rank_errors(recipe, devices) if devices else ()),
@@ -83,6 +98,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *_schedule_errors(recipe),
         *_length_errors(recipe),
         *_folder_errors(recipe),
+        *_launch_errors(recipe),
     ]
     model_errors, config = _attempt(lambda: _config(recipe))
     errors += model_errors
@@ -94,7 +110,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
 
 
 def rank_errors(recipe: Recipe, devices: Devices) -> Iterator[UserError]:
-    """Ranks against the machine or cluster."""
+    """Ranks against the machine."""
     layout = recipe.layout
     if layout.world_size <= devices.most_ranks:
         return
@@ -139,8 +155,7 @@ def _length_errors(recipe: Recipe) -> Iterator[UserError]:
 
 def _folder_errors(recipe: Recipe) -> Iterator[UserError]:
     runs = Path(recipe.runs).expanduser()
-    far = recipe.launch.address is not None or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if far and recipe.launch.launcher == "ray" and not runs.is_absolute():
+    if runs_elsewhere(recipe.launch) and not runs.is_absolute():
         constraint = "is relative, and a cluster's nodes and jobs each have a working directory of their own"
         yield FieldError("runs", recipe.runs, constraint, "use an absolute path that every node sees")
     existing = runs / recipe.name
@@ -152,6 +167,11 @@ def _folder_errors(recipe: Recipe) -> Iterator[UserError]:
     except OSError as error:
         constraint = f"cannot be written: {existing}: {error.strerror}"
         yield FieldError("runs", recipe.runs, constraint, "use a folder that you may write to")
+
+
+def _launch_errors(recipe: Recipe) -> Iterator[UserError]:
+    if recipe.launch.launcher == "ray" and find_spec("ray") is None:
+        yield FieldError("launch.launcher", "ray", "needs the package ray", "pip install 'cuboid[ray]', or use local")
 
 
 def _config(recipe: Recipe) -> PretrainedConfig:
