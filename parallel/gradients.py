@@ -51,29 +51,24 @@ class TiedWeights:
     """
 
     def __init__(self, stages: Sequence[Stage], block: Block) -> None:
-        self.copies: list[nn.Parameter] = []
+        self.copy: nn.Parameter | None = None
+        """This rank's, where it holds one end of the pipeline and not both."""
         self.second: nn.Parameter | None = None
-        """This rank's copy that is not the embedding itself: it counts in no norm."""
+        """This rank's where it is the head: the embedding itself counts in the norm, this one does not."""
         self.group: dist.ProcessGroup | None = None
-        if not stages[0].anatomy.tied:
-            return
         anatomy = stages[0].anatomy
-        for stage in stages:
-            names = dict(stage.named_parameters())  # one entry where one stage holds both ends
-            self.copies += [names[key] for key in (anatomy.embedding_weight, anatomy.head_weight) if key in names]
-            self.second = names.get(anatomy.head_weight, self.second)
         column = dist.get_process_group_ranks(block.mesh["pipeline"].get_group())
-        ends = [column[0], column[-1]]
-        if len(column) > 1 and block.rank in ends and len(self.copies) == 1:
-            self.group = dist.new_group(ends, use_local_synchronization=True)
+        ends = (column[0], column[-1])
+        if not anatomy.tied or len(column) == 1 or block.rank not in ends:
+            return
+        names = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
+        self.second = names.get(anatomy.head_weight)
+        self.copy = names.get(anatomy.embedding_weight, self.second)
+        self.group = dist.new_group(list(ends), use_local_synchronization=True)
 
     def sum_gradients(self) -> None:
-        if len(self.copies) == 2:  # both ends stand on this rank, on two stages
-            first, last = (local_gradient(copy) for copy in self.copies)
-            first += last
-            last.copy_(first)
-        elif self.group is not None:
-            dist.all_reduce(local_gradient(self.copies[0]), group=self.group)
+        if self.group is not None and self.copy is not None:
+            dist.all_reduce(local_gradient(self.copy), group=self.group)
 
 
 def replicas(tensor: Tensor, sizes: Mapping[str, int]) -> int:

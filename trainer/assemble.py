@@ -39,6 +39,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         )
         # only now memory: shards alone, on their device
         stage.to_empty(device=block.device)
+        stage.tie()
         initialise_buffers(blueprint, stage)
     parameters = named_parameters(stages)
     fill(parameters, weights)

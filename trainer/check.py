@@ -132,6 +132,10 @@ def _batch_errors(recipe: Recipe) -> Iterator[UserError]:
 
 
 def _schedule_errors(recipe: Recipe) -> list[UserError]:
+    name = recipe.parallel.schedule
+    if SCHEDULES[name].looped and recipe.parallel.pipeline == 1:
+        constraint = "has nothing to interleave on 1 pipeline rank"
+        return [FieldError("parallel.schedule", name, constraint, "use 1f1b, or parallel.pipeline=2 or more")]
     return SCHEDULES[recipe.parallel.schedule].check(
         pipeline=recipe.parallel.pipeline,
         virtual_stages=virtual_stages(recipe),

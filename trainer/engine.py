@@ -94,6 +94,7 @@ class NativeEngine:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds as tensors, by global name; loading writes into these."""
         state = {f"model.{name}": parameter.detach() for name, parameter in self.parameters}
+        assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
         return state | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 
     def _count_tokens(self, labels: Tensor) -> int:

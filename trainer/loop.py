@@ -17,7 +17,7 @@ from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Dataset, prepare
-from cuboid.trainer.engine import NativeEngine, NotFinite
+from cuboid.trainer.engine import NativeEngine, NotFinite, StepResult
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import learning_rate
@@ -74,7 +74,7 @@ def train(recipe: Recipe, folder: Path) -> str | None:
             return reason
 
 
-def train_step(run: Run) -> None:
+def train_step(run: Run) -> StepResult:
     """One update: this rank's samples, the engine's exact step, the record of it."""
     recipe, step = run.recipe, run.step + 1
     rate = learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
@@ -89,6 +89,7 @@ def train_step(run: Run) -> None:
         raise RunFailed(f"step {step}: {error} (samples {samples_read}); nothing was updated") from None
     run.step = step
     run.recorder.step(step, result, learning_rate=rate, pipeline=run.engine.pipeline)
+    return result
 
 
 @contextmanager
@@ -98,9 +99,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     recorder.phase("connect")
     config = read_checked_config(recipe.model)
     blueprint = draw_blueprint(config, attention=recipe.model.attention)
-    tokenizer = open_tokenizer(
-        recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size
-    )
+    tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     _same_on_every_rank("the data's fingerprint", dataset.fingerprint)
     recorder.phase("data")
@@ -161,7 +160,11 @@ def save(run: Run) -> None:
         "recipe": run.recipe.model_dump(mode="json"),
         "model_config": run.model_config,
         "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
-        "layout": {"pipeline": run.block.layout.pipeline, "data": run.block.layout.data, "tensor": run.block.layout.tensor},
+        "layout": {
+            "pipeline": run.block.layout.pipeline,
+            "data": run.block.layout.data,
+            "tensor": run.block.layout.tensor,
+        },
     }
     run.checkpointer.save(run.step, run.engine.tensors(), facts)
 

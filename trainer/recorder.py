@@ -76,10 +76,7 @@ class Recorder:
         dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
         if self.block.rank == 0:
             ranks = {str(rank): {"host": host, "pid": pid} for rank, (host, pid) in enumerate(places)}
-            page = self.tracker.page if self.tracker else None
-            self.event(
-                "start", step=step, layout=str(self.block.layout), ranks=ranks, phases=self._phases, page=page, **facts
-            )
+            self.event("start", step=step, layout=str(self.block.layout), ranks=ranks, phases=self._phases, **facts)
         self._last = time.monotonic()
 
     def step(self, step: int, result: StepResult, *, learning_rate: float, pipeline: Pipeline) -> None:
