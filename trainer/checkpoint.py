@@ -24,7 +24,7 @@ from torch import Tensor
 from cuboid.parallel.errors import UserError
 from cuboid.trainer import inspection
 from cuboid.trainer.manifest import FACTS, PARTIAL, TENSORS, CheckpointError, read_manifest, steps
-from cuboid.trainer.publish import clean, discard, publish, retain, set_aside, write_durably
+from cuboid.trainer.publish import clean, discard, publish, retain, set_aside, write_durably, write_json
 from cuboid.trainer.restore import faults_of, read_facts, read_tensors
 from cuboid.trainer.shards import Arena, Written, lay_out, plan_pieces, signature
 from cuboid.trainer.tensor_table import TensorRecord, encode_table, read_table
@@ -198,15 +198,16 @@ class Checkpointer:
             outcome = self._ranks.from_first(outcome)
         except Exception as error:  # another rank is gone; the training finds that out by itself
             outcome = self._fault(error)
-        started, blocked = clock
         if isinstance(outcome, Failure):
             self.failure = outcome
             newest = str(self.newest) if self.newest else None
             self._tell("checkpoint_failed", step=step, rank=outcome.rank, cause=outcome.cause, newest=newest)
-        else:
-            self.failure, self.newest = None, outcome.path
-            size, path = outcome.bytes, str(outcome.path)
-            self._tell("checkpoint", step=step, path=path, bytes=size, seconds=_since(started), blocked_seconds=blocked)
+            return
+        self.failure, self.newest = None, outcome.path
+        started, blocked = clock
+        times = {"seconds": _since(started), "blocked_seconds": blocked}
+        self._tell("checkpoint", step=step, path=str(outcome.path), bytes=outcome.bytes, **times)
+        self._retain(step)
 
     def _write(self, partial: Path) -> Written | Failure:
         assert self._arena is not None
@@ -224,8 +225,8 @@ class Checkpointer:
             if failures:
                 raise OSError("some ranks wrote nothing")
             files = dict(chain.from_iterable(report.files.items() for report in written))
-            files[TENSORS] = write_durably(partial / TENSORS, encode_table(_table(written)))
-            files[FACTS] = write_durably(partial / FACTS, facts)
+            files[TENSORS] = write_json(partial / TENSORS, encode_table(_table(written)))
+            files[FACTS] = write_json(partial / FACTS, facts)
             path = publish(partial, self.folder, step=step, files=files)
         except Exception as error:
             discard(partial)
@@ -241,7 +242,9 @@ class Checkpointer:
             self._tell("checkpoint_not_removed", step=step, cause=self._fault(error).cause)
 
     def _fault(self, error: Exception) -> Failure:
-        cause = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        cause = str(error)
+        if isinstance(error, OSError) and error.filename:
+            cause = f"{Path(error.filename).name}: {error.strerror}"
         return Failure(self._ranks.rank, cause or type(error).__name__)
 
     def _tell(self, kind: str, **fields: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from cuboid.parallel.gradients import local
 from cuboid.trainer.manifest import FileRecord
+from cuboid.trainer.publish import write_durably
 from cuboid.trainer.tensor_table import ITEM_BYTES, Chunk, prefix_mark
 
 DTYPES = {
@@ -47,7 +47,6 @@ DTYPES = {
 """safetensors' names of dtypes (https://huggingface.co/docs/safetensors)."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILE_BYTES = 2 << 30
-_BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class Arena:
         jobs: list[tuple[Future[None], Future[tuple[FileRecord, list[Chunk]]]]] = []
         with ThreadPoolExecutor(2, thread_name_prefix="checkpoint") as pool:
             for file, view in zip(self.files, views, strict=True):
-                jobs.append((pool.submit(_write, folder / file.name, view), pool.submit(_digest, file, view)))
+                jobs.append((pool.submit(write_durably, folder / file.name, view), pool.submit(_digest, file, view)))
         files, pieces = {}, []
         for file, (writing, digesting) in zip(self.files, jobs, strict=True):
             writing.result()
@@ -259,20 +258,6 @@ def encode_header(entries: Mapping[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write(path: Path, view: memoryview) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        written = 0
-        while written < len(view):
-            count = os.write(descriptor, view[written : written + _BLOCK_BYTES])
-            if hasattr(os, "posix_fadvise"):  # lets the disk begin at once, so that fsync finds little left to do
-                os.posix_fadvise(descriptor, written, count, os.POSIX_FADV_DONTNEED)
-            written += count
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(file: FilePlan, view: memoryview) -> tuple[FileRecord, list[Chunk]]:
