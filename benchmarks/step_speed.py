@@ -144,9 +144,10 @@ def main() -> None:
     parser.add_argument("meshes", nargs="*", default=MESHES, metavar="MESH")
     parser.add_argument("--rounds", type=int, default=12)
     arguments = parser.parse_args()
-    print(
-        "| mesh | cuboid tokens/s | CPU ms/token | bare tokens/s | CPU ms/token | tokens/s ratio | A/A' | CPU ratio | A/A' |"
-    )
+    columns = ("tokens/s", "CPU ms/token")
+    heads = ["mesh", *(f"{who} {what}" for who in ("cuboid", "bare") for what in columns)]
+    heads += ["tokens/s, cuboid : bare", "A : A'", "CPU, bare : cuboid", "A : A'"]
+    print("| " + " | ".join(heads) + " |")
     print("|---|---|---|---|---|---|---|---|---|")
     for mesh in arguments.meshes:
         ranks = run_ranks(measure, recipe_of(mesh, 1).layout.world_size, mesh, arguments.rounds, timeout=580)

@@ -79,7 +79,7 @@ class Stage(nn.Module):
         self.anatomy, self.masks = anatomy, masks
 
     def tie(self) -> None:
-        """Where both ends stand here, let a tied head be the embedding: `to_empty` gives each module memory of its own."""
+        """Make a tied head the embedding again where both stand here: `to_empty` gives each memory of its own."""
         if self.anatomy.tied and self.is_first and self.is_last:
             embedding = self.get_submodule(f"{self.anatomy.base}.{self.anatomy.embedding}")
             self.get_submodule(self.anatomy.head).weight = embedding.weight

@@ -61,17 +61,17 @@ def train(recipe: Recipe, folder: Path) -> str | None:
         RunFailed: the run cannot go on.
     """
     device = torch.device("cpu") if recipe.launch.device == "cpu" else None
-    with connect(recipe.layout, timeout_seconds=recipe.launch.timeout_seconds, device=device) as block:
-        with set_up(recipe, folder, block) as run:
-            reason = None
-            while run.step < recipe.train.steps and reason is None:
-                train_step(run)
-                reason = _asked_to_stop(run)
-                if _save_is_due(run, last=reason is not None):
-                    save(run)
-            run.checkpointer.wait()
-            run.recorder.stopped(run.step, reason)
-            return reason
+    timeout = recipe.launch.timeout_seconds
+    with connect(recipe.layout, timeout_seconds=timeout, device=device) as block, set_up(recipe, folder, block) as run:
+        reason = None
+        while run.step < recipe.train.steps and reason is None:
+            train_step(run)
+            reason = _asked_to_stop(run)
+            if _save_is_due(run, last=reason is not None):
+                save(run)
+        run.checkpointer.wait()
+        run.recorder.stopped(run.step, reason)
+        return reason
 
 
 def train_step(run: Run) -> StepResult:
@@ -145,7 +145,7 @@ def resume(run: Run) -> None:
         raise UserErrors(wrong)
     stored, found = facts["data"]["fingerprint"], run.dataset.fingerprint
     if stored != found:
-        words = f"the data is not the checkpoint's: its fingerprint is {found[:12]}, {path.name} was trained on {stored[:12]}"
+        words = f"the data (fingerprint {found[:12]}) is not what {path.name} was trained on ({stored[:12]})"
         raise UserError(f"{words}; bring the old data back, or start anew with --fresh")
     run.step = run.saved = facts["step"]
     run.engine.optimizer.set_step(run.step)
