@@ -3,7 +3,7 @@
 A thin layer over ``torch.distributed.pipelining``: `PipelineStage` gives every schedule the same four calls (forward,
 backward, weight gradient, gradient reduction), which are timed here; sends and receives happen outside of them, so
 that waiting for a neighbour is never counted as work. Collectives of the tensor and data axes happen inside of them
-and are counted as work.
+and are counted as work; only with interleaving torch gathers sharded parameters between two calls.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The measured bubble: sleeping stages against the simulator, what the gap is made of, clocks, the cost of timing."""
 
+import functools
 import statistics
 import time
 
@@ -12,6 +13,7 @@ from cuboid.parallel.layout import Layout
 from cuboid.parallel.mesh import connect
 from cuboid.parallel.pipeline import ActionTime, Pipeline, Timer
 from cuboid.parallel.schedules import ideal_bubble, order, simulate, stage_indices
+from cuboid.trainer import metrics
 from cuboid.trainer.metrics import BubbleMeter, StepTimes, bubble, clock_offset
 
 RANKS, MICROBATCHES, SLOW = 4, 8, 2
@@ -192,14 +194,15 @@ def test_clocks_of_other_hosts_are_aligned():
     assert run_ranks(estimate_offsets, 3) == pytest.approx([0, -1000, -2000], abs=0.01)
 
 
-def columns_measured():
+def columns_measured(one_host):
     """A 2 x 2 x 1 block in which data rank 1's pipeline is simply slower; rank 0 gets the mean."""
     with connect(Layout(pipeline=2, data=2)) as block:
+        if not one_host:
+            metrics._host = lambda: f"host {block.rank}"
         sizes = {"pipeline": 2, "virtual_stages": 1, "microbatches": 4}
         meter = BubbleMeter(block, schedule="1f1b", virtual_stages=1, microbatches=4)
         own = as_simulated("1f1b", unequal, delay=0.5 * block.coordinate.data, **sizes)[block.coordinate.pipeline]
-        result = meter.measure(Newest(own, entered_seconds=99.0))
-        return result and (result.bubble, result.times.actions[1] if block.rank == 0 else None, own)
+        return meter.measure(Newest(own, entered_seconds=99.0))
 
 
 class Newest:
@@ -209,31 +212,43 @@ class Newest:
         self.times, self.entered_seconds = times, entered_seconds
 
 
-def test_pipelines_are_averaged_on_rank_0():
-    results = run_ranks(columns_measured, 4)
+@pytest.mark.parametrize("one_host", [True, False])
+def test_pipelines_are_averaged_on_rank_0(one_host):
+    results = run_ranks(columns_measured, 4, one_host)
     assert results[1:] == [None, None, None]
-    mean, second_rank, _ = results[0]
+    mean, times = results[0].bubble, results[0].times
     sizes = {"pipeline": 2, "virtual_stages": 1, "microbatches": 4}
     ideal, measured = ideal_bubble("1f1b", **sizes), []
     for delay in (0.0, 0.5):
         actions = as_simulated("1f1b", unequal, delay=delay, **sizes)
-        times = StepTimes(actions=actions, freed=(0, 0), entered=(0, 0), updated=(200, 200))
-        measured.append(bubble(times, ideal=ideal, contended=False).measured)
-    assert mean.measured == pytest.approx(sum(measured) / 2)
+        step = StepTimes(actions=actions, freed=(0, 0), entered=(0, 0), updated=(200, 200))
+        measured.append(bubble(step, ideal=ideal, contended=False).measured)
+    assert mean.measured == pytest.approx(sum(measured) / 2, abs=1e-3)  # clocks of hosts are aligned, not equal
     assert mean.ideal == ideal
-    assert second_rank == as_simulated("1f1b", unequal, **sizes)[1]
+    for own, expected in zip(times.actions, as_simulated("1f1b", unequal, **sizes), strict=True):
+        assert [time.action for time in own] == [time.action for time in expected]
+        assert [time.stop_seconds for time in own] == pytest.approx([time.stop_seconds for time in expected], abs=0.01)
 
 
-def seconds_of_measuring():
-    """What `BubbleMeter.measure` adds to a step on 2 x 2 x 2, beside a barrier that stands for the step's own."""
+def cost_of_measuring():
+    """Seconds of a step, of measuring it, and of nothing, on 2 x 2 x 2.
+
+    The step stands for the quickstart's, which takes half a second at the very least where 8 ranks share 2 cores: 0.125
+    processor seconds of each rank. It is run here so that other work on the machine stretches all three alike.
+    """
     with connect(Layout(pipeline=2, data=2, tensor=2)) as block:
         meter = BubbleMeter(block, schedule="1f1b", virtual_stages=1, microbatches=8)
         sizes = {"pipeline": 2, "virtual_stages": 1, "microbatches": 8}
         newest = Newest(as_simulated("1f1b", unequal, **sizes)[block.coordinate.pipeline], entered_seconds=99.0)
 
-        def median_seconds(call):
+        def work():
+            end = time.process_time() + 0.125
+            while time.process_time() < end:
+                sum(range(1000))
+
+        def median_seconds(call, times):
             seconds = []
-            for _ in range(20):
+            for _ in range(times):
                 torch.distributed.barrier()
                 start = time.perf_counter()
                 call()
@@ -241,11 +256,11 @@ def seconds_of_measuring():
                 seconds.append(time.perf_counter() - start)
             return statistics.median(seconds)
 
-        return min(median_seconds(lambda: meter.measure(newest)) - median_seconds(lambda: None) for _ in range(4))
+        measure = functools.partial(meter.measure, newest)
+        return [(median_seconds(work, 1), median_seconds(measure, 15), median_seconds(int, 15)) for _ in range(4)]
 
 
 def test_timing_costs_less_than_one_percent_of_a_step():
-    """Calls x cost of a call, and the messages, against the quickstart's step: half a second at the very least."""
     timer, calls = Timer(torch.device("cpu")), 2000
 
     def seconds_of_a_call():
@@ -255,10 +270,9 @@ def test_timing_costs_less_than_one_percent_of_a_step():
             timer.time("F", 0, microbatch, int)
         return (time.perf_counter() - start) / calls
 
-    timed = min(seconds_of_a_call() for _ in range(5))
+    call = min(seconds_of_a_call() for _ in range(5))
     actions = sum(len(own) for own in order("1f1b", pipeline=2, virtual_stages=1, microbatches=8))
-    exchange = run_ranks(seconds_of_measuring, 8)[0]
-    # ranks share cores, so that all ranks' calls count
-    assert 4 * actions * timed + exchange < 0.01 * 0.5, (
-        f"{timed * 1e6:.1f} us a call, {exchange * 1e3:.1f} ms to exchange"
-    )
+    # 4 pipelines; as if all ranks shared one core
+    rounds = run_ranks(cost_of_measuring, 8)[0]
+    shares = [(4 * actions * call + measured - nothing) / step for step, measured, nothing in rounds]
+    assert statistics.median(shares) < 0.01, f"{call * 1e6:.1f} us a call; shares of a step: {shares}"

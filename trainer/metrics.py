@@ -193,7 +193,7 @@ class BubbleMeter:
         column = {hosts[layout.rank(place._replace(pipeline=rank))] for rank in range(layout.pipeline)}
         self._spans_hosts = len(column) > 1
         self._offset, self._steps = 0.0, 0
-        self._freed = time.monotonic()
+        self._freed: float | None = None
 
     def measure(self, pipeline: Pipeline) -> Measurement | None:
         """The newest step of ``pipeline``, on rank 0; None elsewhere. All ranks call it together."""
@@ -204,7 +204,8 @@ class BubbleMeter:
         own = pipeline.times
         mine = self._order[self._place.pipeline]
         assert [time_.action for time_ in own] == mine, "the schedule ran in another order than the one simulated"
-        rows = [(self._freed, pipeline.entered_seconds, updated)]
+        freed = pipeline.entered_seconds if self._freed is None else self._freed
+        rows = [(freed, pipeline.entered_seconds, updated)]
         rows += [(time_.start_seconds, time_.stop_seconds, time_.thread_seconds) for time_ in own]
         sent = torch.tensor(rows, dtype=torch.float64)
         sent[0] += self._offset
