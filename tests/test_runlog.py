@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.runlog import RunLog, Tail, read_events, read_metrics
 
@@ -155,6 +156,19 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run's folder .*file/run cannot be written: Not a directory"):
         RunLog(tmp_path / "file" / "run")
+
+
+def test_secrets_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a1b2c3d4e5")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "disabled!")
+    log = RunLog(tmp_path)
+    cause = 'key a1b2c3d4e5 at "http://x/?write_token=tok&a=1" and http://me:pass@host:80 tcp://host:29500 disabled!'
+    log.event("failed", cause=cause)
+    (event,) = read_events(tmp_path)
+    assert event["cause"] == (
+        'key [WANDB_API_KEY] at "http://x/?write_token=[redacted]&a=1" and http://me:[redacted]@host:80 '
+        "tcp://host:29500 disabled!"
+    )
 
 
 def test_the_log_needs_no_torch():

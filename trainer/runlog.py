@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,11 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _CHUNK_BYTES = 1 << 16
+_SECRET_NAME = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_CHARACTERS = 8
+_SECRET_IN_URL = re.compile(
+    r"((?:token|api_key|password|secret)=)[^&\s\"'\\]+|(://[^/\s:@\"]*:)[^/\s@\"\\]+(?=@)", re.IGNORECASE
+)
 
 
 class RunLog:
@@ -59,7 +65,8 @@ class RunLog:
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970. One write, so that lines of several processes never mix
         (local file systems; NFS does not promise it)."""
-        line = _encode({"time": round(time.time(), 6), "kind": kind, **fields})
+        record = {"time": round(time.time(), 6), "kind": kind, **fields}
+        line = redact(_encode(record).decode()).encode()
         try:
             descriptor = os.open(self.folder / EVENTS, _APPEND, 0o644)
             try:
@@ -108,9 +115,21 @@ class RunLog:
         return descriptor
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in the order written; a torn line is left out, a missing file is empty."""
-    return list(_records(Path(folder) / METRICS))
+def redact(text: str) -> str:
+    """The text without secrets: values of the environment's keys, tokens and passwords, and those written in URLs.
+
+    The one place that knows what a secret is; events pass through it.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SECRET_CHARACTERS and _SECRET_NAME.search(name):
+            text = text.replace(value, f"[{name}]")
+    return _SECRET_IN_URL.sub(r"\1\2[redacted]", text)
+
+
+def read_metrics(folder: Path, *, num_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in the order written, or those in its first bytes; a torn line is left out, a missing
+    file is empty."""
+    return list(_records(Path(folder) / METRICS, num_bytes))
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -220,9 +239,9 @@ def _read(descriptor: int, start: int, stop: int) -> bytes:
     return b"".join(parts)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def _records(path: Path, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
     try:
-        content = path.read_bytes()
+        content = path.read_bytes()[:num_bytes]
     except FileNotFoundError:
         return iter(())
     return _parse(content)
