@@ -97,6 +97,7 @@ def explain(error: BaseException) -> tuple[Kind, bool, str]:
     echo = _is_echo(chain[-1])
     shown = chain[-1] if echo else next(link for link in chain if not _is_echo(link))
     first_line = next((line.strip() for line in str(shown).splitlines() if line.strip()), "")
+    first_line = re.sub(r"^\[\S+\.\w+:\d+\] ", "", first_line)  # gloo and c10d begin with their own source file
     return "error", echo, f"{type(shown).__name__}: {first_line[:300]}" if first_line else type(shown).__name__
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,9 @@ class Group:
             end_with_driver()  # ray.init has taken the signal over
             bundle = self._room(wait_seconds=_ROOM_SECONDS if address else 0)
             log.event("phase", name="cluster")
-            return self._fit(bundle, train)
+            # The user's own threads a rank; on other machines there may be other numbers of cores and ranks.
+            threads = None if address else os.environ.get("OMP_NUM_THREADS")
+            return self._fit(bundle, train, threads)
         finally:
             ray.shutdown()
 
@@ -95,13 +98,13 @@ class Group:
             raise UserError(f"{need}; the Ray cluster has {told_resources(nodes)}")
         raise RunFailed(f"{need}; of {told_resources(nodes)} only {told_resources([free])} are free")
 
-    def _fit(self, bundle: dict[str, float], train: Train | None) -> Ending:
+    def _fit(self, bundle: dict[str, float], train: Train | None, threads: str | None) -> Ending:
         self.storage.parent.mkdir(exist_ok=True)
         probe = self.storage.parent / f"seen-{self.storage.name}"
         probe.touch()
         trainer = DataParallelTrainer(
             partial(worker.run, self.recipe.model_dump(), str(self.folder), train=train),
-            backend_config=RankConfig(folder=self.folder, probe=probe, tensor=self.recipe.layout.tensor),
+            backend_config=RankConfig(self.folder, probe, tensor=self.recipe.layout.tensor, threads=threads),
             scaling_config=ScalingConfig(
                 num_workers=self.size, use_gpu="GPU" in bundle, resources_per_worker=bundle, placement_strategy="PACK"
             ),
@@ -199,7 +202,10 @@ class RankConfig(BackendConfig):
 
     folder: Path
     probe: Path
+    """A file that every node must see."""
     tensor: int
+    threads: str | None
+    """OMP_NUM_THREADS; None: each machine's cores shared out among its ranks."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -234,7 +240,9 @@ class RankBackend(Backend):
                 host=seats[first].address,
                 port=port,
             )
-            settled.append(worker_group.execute_single_async(index, _settle, place, os.getcwd()))
+            settled.append(
+                worker_group.execute_single_async(index, _settle, place, backend_config.threads, os.getcwd())
+            )
             placed[str(rank)] = {"host": seat.host, "pid": seat.pid, "worker": index, "cuboid": seat.version}
         ray.get(settled)
         log = RunLog(backend_config.folder)
@@ -264,10 +272,10 @@ def _check(seats: Sequence[Seat], config: RankConfig) -> None:
             )
 
 
-def _settle(place: Place, directory: str) -> None:
+def _settle(place: Place, threads: str | None, directory: str) -> None:
     """In a worker: its environment, before torch is imported there."""
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray's guess
-    os.environ["OMP_NUM_THREADS"] = worker.threads(place.local_size)
+    os.environ["OMP_NUM_THREADS"] = threads or worker.threads(place.local_size)
     os.environ.update(worker.environment(place))
     if os.path.isdir(directory):
         os.chdir(directory)  # where a recipe's relative paths begin
@@ -299,16 +307,28 @@ class Restarts(UserCallback):
         """The ranks that Ray has found dead, and those whose process is gone without Ray having noticed yet."""
         starts = [event for event in read_events(self._folder) if event["kind"] == "workers"]
         return [
-            Failure(rank=int(rank), cause=_told_end(errors.get(place["worker"])), silent=True, time=time.time())
+            Failure(rank=int(rank), cause=self._end(rank, errors.get(place["worker"])), silent=True, time=time.time())
             for rank, place in starts[-1]["ranks"].items()
             if place["worker"] in errors or _is_gone(place)
         ]
 
+    def _end(self, rank: str, error: BaseException | None) -> str:
+        if isinstance(error, SystemExit):
+            return f"ended with exit code {error.code}"
+        if "low on memory" in str(error):
+            return "was killed by Ray, since its node ran low on memory,"
+        crash = crash_words(self._folder / "logs" / f"rank-{rank}.txt")
+        return f"crashed with {crash}" if crash else "was killed, most likely by SIGKILL,"
 
-def _told_end(error: BaseException | None) -> str:
-    if isinstance(error, SystemExit):
-        return f"ended with exit code {error.code}"
-    return "died: its process was killed, perhaps for want of memory"
+
+def crash_words(log: Path) -> str | None:
+    """What Python's fault handler wrote last for the newest process of a log: ``Segmentation fault``."""
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.findall(r"^Fatal Python error: (.*)$", text.rpartition(worker.NEW_PROCESS)[2], re.MULTILINE)
+    return found[-1] if found else None
 
 
 def _is_gone(place: Mapping[str, Any]) -> bool:
@@ -316,7 +336,10 @@ def _is_gone(place: Mapping[str, Any]) -> bool:
 
 
 def _probe(address: str) -> None:
-    """Raises UserError where nothing listens; Ray itself would wait for minutes."""
+    """Raises UserError where no head can be; Ray itself would wait for minutes."""
+    if "://" in address:
+        remedy = "give HOST:PORT of the head node, and start the command on a node of the cluster"
+        raise UserError(f"launch.address={address} is not the address of a cluster's head; {remedy}")
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return

@@ -21,6 +21,9 @@ from cuboid.trainer.runlog import RunLog
 
 Train = Callable[[Recipe, Path], object]
 
+NEW_PROCESS = "--- process"
+"""Begins what a process writes into a log that several write one after the other."""
+
 
 def run(recipe: dict[str, Any], folder: str, *, train: Train | None = None) -> None:
     """Train as one rank: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT stand in the environment.
@@ -118,7 +121,7 @@ def send_output_to(path: Path) -> None:
             stream.reconfigure(line_buffering=True)  # a killed process must have said what it said
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(f"--- process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.write(f"{NEW_PROCESS} {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
