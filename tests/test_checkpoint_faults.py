@@ -72,8 +72,8 @@ def check_survivor(folder: Path) -> int:
     tensors = placed(Layout(), None)
     step = load(path, tensors)["step"]
     assert differing(tensors, generation=step) == []
-    save(folder, tensors, 3, keep=1)
-    assert sorted(os.listdir(folder)) == ["latest", "step-00000003"]
+    save(folder, tensors, step + 1, keep=1)
+    assert sorted(os.listdir(folder)) == ["latest", f"step-{step + 1:08d}"]
     return step
 
 
@@ -91,21 +91,29 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
     assert set(survivors) == {1, 2}
 
 
-def save_until_killed(folder: Path, number: int) -> None:
+def save_until_killed(folder: Path, rank: int, number: int) -> None:
     with connect(Layout(data=2), timeout_seconds=20) as block:
-        if block.rank == number % 2:
+        if block.rank == rank:
             kill_at_file_operation(number, folder=folder)
         save(folder, placed(Layout(data=2), block), *range(2, 9), keep=1)
 
 
-@pytest.mark.parametrize("number", [3, 8, *(pytest.param(n, marks=pytest.mark.full) for n in range(9, 60, 3))])
-def test_one_killed_rank_leaves_whole_checkpoints(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (0, 18),
+        (1, 4),
+        *(pytest.param(0, number, marks=pytest.mark.full) for number in range(1, 60, 4)),
+        *(pytest.param(1, number, marks=pytest.mark.full) for number in range(1, 14)),
+    ],
+)
+def test_one_killed_rank_leaves_whole_checkpoints(tmp_path: Path, rank: int, number: int) -> None:
     """The other rank notices at once instead of waiting, and the next start cleans up after both."""
     save(tmp_path, placed(Layout(), None), 1)
-    began = time.monotonic()
-    with pytest.raises(RanksFailed, match="died with exit code -9"):
-        run_ranks(save_until_killed, 2, tmp_path, number, timeout=30)
-    assert time.monotonic() - began < 25
+    with pytest.raises(RanksFailed) as failure:
+        run_ranks(save_until_killed, 2, tmp_path, rank, number, timeout=100)
+    assert f"rank {rank} failed:\ndied with exit code -9" in str(failure.value)
+    assert "stood here" not in str(failure.value)
     assert check_survivor(tmp_path) >= 1
 
 
