@@ -105,6 +105,8 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
     if config is not None:
         errors += [*_tensor_errors(recipe, config), *_stage_errors(recipe, config), *_model_errors(recipe, config)]
     errors += _data_errors(recipe, config)
+    if devices:  # a machine that only submits needs no tracker
+        errors += _track_errors(recipe)
     if errors:
         raise UserErrors(errors)
 
@@ -247,6 +249,12 @@ def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[Us
         yield from _attempt(
             lambda: open_tokenizer(data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=size)
         )[0]
+
+
+def _track_errors(recipe: Recipe) -> list[UserError]:
+    from cuboid.trainer.track import choose_tracker
+
+    return _attempt(lambda: choose_tracker(recipe.track))[0]
 
 
 def _attempt(action: Callable[[], _Result]) -> tuple[list[UserError], _Result | None]:

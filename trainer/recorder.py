@@ -114,7 +114,7 @@ class Recorder:
 
     def close(self) -> None:
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(failed=sys.exc_info()[0] is not None)
         self.log.close()
 
     def _peak_memory(self) -> int:

@@ -127,8 +127,8 @@ def redact(text: str) -> str:
 
 
 def read_metrics(folder: Path, *, num_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in the order written, or those in its first bytes; a torn line is left out, a missing
-    file is empty."""
+    """The records of metrics.jsonl in the order written, or those in its first bytes; a torn line is left out, and a
+    missing file is empty."""
     return list(_records(Path(folder) / METRICS, num_bytes))
 
 
