@@ -68,7 +68,8 @@ def divide(part: Part, mesh: DeviceMesh) -> None:
             f"{layer}.input_layernorm": SequenceParallel(),
             f"{layer}.post_attention_layernorm": SequenceParallel(),
             f"{layer}.self_attn": PrepareModuleInput(
-                input_kwarg_layouts={"hidden_states": tokens}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+                input_kwarg_layouts={"hidden_states": tokens},
+                desired_input_kwarg_layouts={"hidden_states": Replicate()},
             ),
             f"{layer}.mlp": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(Replicate(),)),
             **{f"{layer}.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},

@@ -1,6 +1,6 @@
 """Checkpoints: planning, write rate against a plain write + fsync of the same bytes, how long a step is blocked.
 
-    python benchmarks/checkpoint.py --folder /a/disk --ranks 8 --megabytes 1024 --rounds 5
+python benchmarks/checkpoint.py --folder /a/disk --ranks 8 --megabytes 1024 --rounds 5
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
-from cuboid.parallel.schedules import SCHEDULES, stage_indices
+from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage
 from cuboid.parallel.tensor import apply_tensor_parallel
+from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.engine import NativeEngine
 from cuboid.trainer.model import Blueprint, initialise_buffers, local_folder, seeded_tensors
 from cuboid.trainer.optimizer import ShardedAdamW
@@ -22,34 +23,15 @@ from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> NativeEngine:
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
-    settings, tensor_mesh, data_mesh = recipe.parallel, block.mesh["tensor"], block.mesh["data"]
-    indices, num_stages = _stage_indices(recipe, block)
-    # cut on meta first: nothing that this rank does not compute ever takes memory
-    stages = [
-        cut_stage(blueprint.model, i, num_stages, anatomy=blueprint.anatomy, masks=blueprint.masks) for i in indices
-    ]
-    for stage in stages:
-        # before sharding over data: FSDP shards what tensor parallelism left to this rank
-        apply_tensor_parallel(stage, tensor_mesh, blueprint.plan, sequence=settings.sequence)
-        # before sharding, so that a layer's parameters are gathered once around its recomputation
-        if settings.activation_checkpointing == "full":
-            apply_activation_checkpointing(stage)
-        apply_data_parallel(
-            stage, data_mesh, shard=settings.shard is True, reshard_after_forward=reshards_after_forward(recipe)
-        )
-        # only now memory: shards alone, on their device
-        stage.to_empty(device=block.device)
-        stage.tie()
-        initialise_buffers(blueprint, stage)
+    stages = build_stages(recipe, block, blueprint, weights)
     parameters = named_parameters(stages)
-    fill(parameters, weights)
     # after the values: the optimizer works on views of the final shards
     optimizer = ShardedAdamW(parameters, recipe.optimizer)
-    loss = SummedCrossEntropy(tensor_mesh.get_group())
+    loss = SummedCrossEntropy(block.mesh["tensor"].get_group())
     pipeline = Pipeline(
-        dict(zip(indices, stages, strict=True)),
-        schedule=settings.schedule,
-        microbatches=settings.microbatches,
+        dict(zip(_stage_indices(recipe, block), stages, strict=True)),
+        schedule=recipe.parallel.schedule,
+        microbatches=recipe.parallel.microbatches,
         group=block.mesh["pipeline"].get_group(),
         loss=loss,
         **_microbatch_shapes(recipe, blueprint, block),
@@ -63,6 +45,33 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         optimizer=optimizer,
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
     )
+
+
+def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> list[Stage]:
+    """This rank's stages, divided over tensor and data, with their first values."""
+    settings, num_stages = recipe.parallel, recipe.parallel.pipeline * virtual_stages(recipe)
+    stages = []
+    for index in _stage_indices(recipe, block):
+        # cut on meta first: nothing that this rank does not compute ever takes memory
+        stage = cut_stage(blueprint.model, index, num_stages, anatomy=blueprint.anatomy, masks=blueprint.masks)
+        # before sharding over data: FSDP shards what tensor parallelism left to this rank
+        apply_tensor_parallel(stage, block.mesh["tensor"], blueprint.plan, sequence=settings.sequence)
+        # before sharding, so that a layer's parameters are gathered once around its recomputation
+        if settings.activation_checkpointing == "full":
+            apply_activation_checkpointing(stage)
+        apply_data_parallel(
+            stage,
+            block.mesh["data"],
+            shard=settings.shard is True,
+            reshard_after_forward=reshards_after_forward(recipe),
+        )
+        # only now memory: shards alone, on their device
+        stage.to_empty(device=block.device)
+        stage.tie()
+        initialise_buffers(blueprint, stage)
+        stages.append(stage)
+    fill(named_parameters(stages), weights)
+    return stages
 
 
 def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
@@ -88,13 +97,11 @@ def reshards_after_forward(recipe: Recipe) -> bool:
     return recipe.parallel.pipeline == 1 if reshard == "auto" else reshard
 
 
-def _stage_indices(recipe: Recipe, block: Block) -> tuple[tuple[int, ...], int]:
-    settings = recipe.parallel
-    virtual = settings.virtual_stages or SCHEDULES[settings.schedule].default_virtual_stages
-    indices = stage_indices(
-        settings.schedule, pipeline=settings.pipeline, rank=block.coordinate.pipeline, virtual_stages=virtual
+def _stage_indices(recipe: Recipe, block: Block) -> tuple[int, ...]:
+    settings, rank = recipe.parallel, block.coordinate.pipeline
+    return stage_indices(
+        settings.schedule, pipeline=settings.pipeline, rank=rank, virtual_stages=virtual_stages(recipe)
     )
-    return indices, settings.pipeline * virtual
 
 
 def _microbatch_shapes(recipe: Recipe, blueprint: Blueprint, block: Block) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from cuboid.parallel.errors import UserError
 from cuboid.parallel.gradients import local
 
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2**20
 """A tensor is copied from its file in blocks of about this size: what a rank holds beside its shard."""
 
 CopyInto = Callable[[str, tuple[slice, ...], Tensor], None]
