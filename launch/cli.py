@@ -148,8 +148,12 @@ def export(
     with told():
         from cuboid.trainer.export import export_hf
 
-        export_hf(source, out, overwrite=overwrite)
-        typer.echo(f"{out}: written, loaded again and compared")
+        done = export_hf(source, out, overwrite=overwrite)
+        for fault in done.refused:
+            typer.echo(f"refused: {fault}", err=True)
+        typer.echo(
+            f"{out}: made of {done.checkpoint}; loaded again, its logits differ by {done.difference:.1e} at most"
+        )
 
 
 @checkpoint_app.command("list")
