@@ -40,7 +40,7 @@ def print_inspection(path: Path) -> None:
 
 def print_verification(path: Path) -> bool:
     """Every fault in a line; whether there is none."""
-    checkpoint = inspection.resolve(path)
+    checkpoint = inspection.resolve(path, whole=False)
     faults = inspection.verify(checkpoint)
     for fault in faults:
         print(fault)

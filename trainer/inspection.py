@@ -30,8 +30,9 @@ from cuboid.trainer.tensor_table import prefix_mark, read_table
 _BLOCK_BYTES = 1 << 22
 
 
-def resolve(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, ``latest``, or the newest whole one of a run or a checkpoints folder.
+def resolve(path: Path, *, whole: bool = True) -> Path:
+    """The checkpoint that ``path`` means: itself, ``latest``, or the newest of a run's or a checkpoints folder; with
+    ``whole`` the newest one that no file is missing in.
 
     Raises:
         CheckpointError: there is none; a pickle is named as one.
@@ -43,7 +44,7 @@ def resolve(path: Path) -> Path:
         if (folder / MANIFEST).exists():
             return folder
         for candidate in steps(folder).values():
-            if not incomplete(candidate):
+            if not whole or not incomplete(candidate):
                 return candidate
     raise CheckpointError(f"{path} {what_instead(path)}")
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from cuboid.trainer.manifest import (
@@ -122,10 +123,11 @@ def clean(folder: Path) -> list[Path]:
 
 def discard(path: Path) -> None:
     """Remove a partial folder or file as far as the disk allows; what stays is tried again at the next start."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

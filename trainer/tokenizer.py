@@ -114,3 +114,47 @@ def open_tokenizer(name: str, *, pretrained: str | None = None, vocab_size: int 
         remedy = f"set model.config.vocab_size to at least {tokenizer.vocab_size}, or use another tokenizer"
         raise FieldError("data.tokenizer", name, constraint, remedy)
     return tokenizer
+
+
+def save_tokenizer(name: str, folder: Path, *, pretrained: str | None, max_tokens: int | None) -> None:
+    """Write the tokenizer that `data.tokenizer` names to ``folder``, as `AutoTokenizer.from_pretrained` loads it.
+
+    Bytes become a byte-level BPE without merges, which gives the same ids.
+
+    Raises:
+        FieldError: there is no such tokenizer any more.
+    """
+    if name == "auto":
+        name = BYTES if pretrained is None else pretrained
+    tokenizer: Any = _byte_tokenizer() if name == BYTES else PretrainedTokenizer(name)._tokenizer
+    if max_tokens is not None:
+        tokenizer.model_max_length = max_tokens
+    tokenizer.save_pretrained(str(folder))
+
+
+def _byte_tokenizer() -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(vocab={sign: byte for byte, sign in enumerate(_byte_signs())}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    core.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+    assert core.token_to_id(end) == _END_OF_DOCUMENT
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+    )
+
+
+def _byte_signs() -> list[str]:
+    """The printable sign for each byte in byte-level BPE: itself where it is printable, else the next from U+0100 on.
+
+    Radford et al. 2019, `bytes_to_unicode` of GPT-2's encoder.py.
+    """
+    signs, free = [], 0x100
+    for byte in range(256):
+        printable = 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE
+        signs.append(chr(byte if printable else free))
+        free += not printable
+    return signs

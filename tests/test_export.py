@@ -1,0 +1,179 @@
+"""A run's checkpoint, exported, loads in transformers to equal logits; and what may not be overwritten stays."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from parity import Case, model_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.parallel.mesh import connect
+from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.checkpoint import Checkpointer
+from cuboid.trainer.export import export_hf
+from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.tokenizer import ByteTokenizer
+
+
+def make_model(*, tied: bool = False, vocab_size: int = 264) -> Any:
+    from transformers import AutoConfig
+
+    torch.manual_seed(1)
+    values = model_config("llama", tied) | {"vocab_size": vocab_size}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
+
+
+def save_model(model: Any, folder: Path, *steps: int, tokenizer: str = "auto", pretrained: str | None = None) -> None:
+    facts = {
+        "recipe": {"data": {"tokenizer": tokenizer}, "model": {"pretrained": pretrained}},
+        "model_config": model.config.to_dict(),
+    }
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors |= {f"optimizer.exp_avg.{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()}
+    with Checkpointer(folder / "checkpoints", keep=9, asynchronous=False) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, tensors, facts)
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_the_folder_gives_the_same_logits(tmp_path: Path, tied: bool, shard_bytes: int) -> None:
+    model = make_model(tied=tied)
+    save_model(model, tmp_path, 1)
+    exported = export_hf(tmp_path, tmp_path / "out", shard_bytes=shard_bytes)
+    assert exported.difference <= 1e-5
+    assert exported.checkpoint.name == "step-00000001"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert (files == ["model.safetensors"]) == (shard_bytes == 10**9)
+    size = sum((tmp_path / "out" / file).stat().st_size for file in files)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert parameters <= size < parameters + 20_000, "a tied head is not stored twice, and no optimizer state is"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architectures"], config["use_cache"]) == (["LlamaForCausalLM"], True)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "out"]
+
+
+def test_bytes_come_with_a_tokenizer_that_gives_the_same_ids(tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path, 1)
+    export_hf(tmp_path, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["def f(x):\n\treturn  x  # ünï ✓ 漢字 🙂\r\n", "".join(map(chr, range(0x500))), " a", "", "\x00\x7f"]
+    for text, ids in zip(texts, ByteTokenizer().encode(texts), strict=True):
+        assert tokenizer(text)["input_ids"] == ids.tolist()
+        assert tokenizer.decode(ids.tolist()) == text
+    assert (tokenizer.eos_token_id, len(tokenizer)) == (256, 257)
+
+
+def test_a_pretrained_tokenizer_travels_along(tmp_path: Path) -> None:
+    model = make_model()
+    save_model(model, tmp_path / "first", 1)
+    export_hf(tmp_path / "first", tmp_path / "base")
+    save_model(model, tmp_path / "second", 1, pretrained=str(tmp_path / "base"))
+    export_hf(tmp_path / "second", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc")["input_ids"] == [97, 98, 99]
+
+
+def save_from_ranks(case: Case, folder: Path) -> None:
+    recipe = case.recipe()
+    with connect(recipe.layout, timeout_seconds=60) as block:
+        config = read_checked_config(recipe.model)
+        blueprint = draw_blueprint(config)
+        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        facts = {"recipe": recipe.model_dump(mode="json"), "model_config": config.to_dict()}
+        with Checkpointer(folder / "checkpoints", keep=1, asynchronous=True) as checkpointer:
+            checkpointer.save(1, engine.tensors(), facts)
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_every_mesh_exports_the_same_model(tmp_path: Path, tied: bool) -> None:
+    case = Case(pipeline=2, data=2, tensor=2, tied=tied)
+    run_ranks(save_from_ranks, 8, case, tmp_path / "cube")
+    run_ranks(save_from_ranks, 1, Case(tied=tied, family="llama"), tmp_path / "one")
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "out")
+        for name in ("cube", "one")
+        if export_hf(tmp_path / name, tmp_path / name / "out")
+    )
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_a_run_gives_its_newest_valid_checkpoint(tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path, 1, 2)
+    shard = next((tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    exported = export_hf(tmp_path, tmp_path / "out")
+    assert exported.checkpoint.name == "step-00000001"
+    assert shard.name in exported.refused[0]
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        export_hf(shard.parent, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_there_is_only_replaced_when_asked(tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path, 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    export_hf(tmp_path, out)
+    (out / "notes").write_text("mine")
+    with pytest.raises(UserError, match="is not empty; give another --out, or --overwrite"):
+        export_hf(tmp_path, out)
+    assert (out / "notes").exists()
+    export_hf(tmp_path, out, overwrite=True)
+    assert not (out / "notes").exists()
+
+
+def test_places_that_must_not_be_replaced_are_refused(tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path / "run", 1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("")
+    for out, words in (
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "home", "not a model's folder"),
+        (tmp_path / "run", "lie inside one another"),
+        (checkpoint / "hf", "lie inside one another"),
+        (tmp_path / "file" / "below", "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export_hf(tmp_path / "run", out, overwrite=True)
+    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+def test_an_architecture_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    model = make_model()
+    model.config.num_hidden_layers = 5
+    save_model(model, tmp_path, 1)
+    with pytest.raises(RunFailed, match=r"model\.layers\.5\..* is too much"):
+        export_hf(tmp_path, tmp_path / "out")
+    model.config.num_hidden_layers, model.config.hidden_size = 6, 64
+    save_model(model, tmp_path, 2)
+    with pytest.raises(RunFailed, match="has shape"):
+        export_hf(tmp_path, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints"]
+
+
+def test_a_config_brings_no_code_along(tmp_path: Path) -> None:
+    model = make_model()
+    model.config.auto_map = {"AutoModelForCausalLM": "evil--code.Model"}
+    save_model(model, tmp_path, 1)
+    export_hf(tmp_path, tmp_path / "out")
+    assert "evil" not in (tmp_path / "out" / "config.json").read_text()

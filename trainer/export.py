@@ -1,0 +1,241 @@
+"""A checkpoint -> a folder that `AutoModelForCausalLM.from_pretrained` loads, checked by loading it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer import inspection
+from cuboid.trainer.manifest import MANIFEST, CheckpointError, read_manifest, steps
+from cuboid.trainer.publish import discard, sync_folder
+from cuboid.trainer.restore import faults_of, read_facts, read_tensors
+from cuboid.trainer.shards import DTYPES, encode_header
+from cuboid.trainer.tensor_table import ITEM_BYTES, TensorRecord, read_table
+from cuboid.trainer.tokenizer import save_tokenizer
+
+SHARD_BYTES = 5 * 10**9
+TOLERANCE = 1e-5
+_MODEL = "model."
+_NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation", "_name_or_path")
+"""What a config may not bring along: keys that let transformers fetch code or that name a place of this machine."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported: the checkpoint taken, newer ones that are broken (their faults), and how far the logits of the
+    reloaded folder are from those of the checkpoint's own weights."""
+
+    checkpoint: Path
+    refused: tuple[str, ...]
+    difference: float
+
+
+def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Exported:
+    """Write the model of a checkpoint, or of a run's newest valid one, to ``out`` in Hugging Face's format.
+
+    One tensor is in memory at a time while it is written; the check afterwards holds the model, twice one after the
+    other. ``out`` appears when all is written and checked.
+
+    Raises:
+        UserError: there is no valid checkpoint, or ``out`` may not be written.
+        RunFailed: the folder does not give the checkpoint's logits.
+    """
+    checkpoint, refused = _valid_checkpoint(Path(source))
+    out = _free_place(Path(out), checkpoint, overwrite=overwrite)
+    weights, facts = _open(checkpoint)
+    config = _config(facts, weights)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with _told(out):
+            discard(partial)  # of an export that was killed
+            partial.mkdir(parents=True)
+            _write_words(partial, config, facts["recipe"])
+            _write_weights(partial, weights, shard_bytes=shard_bytes)
+        difference = _difference(partial, weights, config)
+        with _told(out):
+            _put_in_place(partial, out)
+    finally:
+        discard(partial)
+    return Exported(checkpoint, tuple(refused), difference)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model's tensors in a checkpoint, by their names in the architecture."""
+
+    path: Path
+    records: Mapping[str, TensorRecord]
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Read the whole of each of ``tensors`` in place."""
+        table = {_MODEL + name: self.records[name] for name in tensors}
+        read_tensors(self.path, table, {_MODEL + name: tensor for name, tensor in tensors.items()})
+
+
+def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
+    manifest = read_manifest(path)
+    table, facts = read_table(path, manifest), read_facts(path, manifest)
+    records = {name.removeprefix(_MODEL): record for name, record in table.items() if name.startswith(_MODEL)}
+    if not records or not all(isinstance(facts.get(key), dict) for key in ("model_config", "recipe")):
+        raise CheckpointError(
+            f"{path} cannot be exported: it has no model, or no recipe and config of one in its facts"
+        )
+    return Weights(path, records), facts
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
+    """A run's newest checkpoint whose every byte is right, or the given one; and the faults of newer ones."""
+    refused: list[str] = []
+    for folder in (source, source / "checkpoints"):
+        if steps(folder) and not (folder / MANIFEST).exists():
+            path = inspection.newest(folder, refused=lambda _, faults: refused.extend(faults))
+            if path is None:
+                raise CheckpointError("\n".join(refused))
+            return path, refused
+    path = inspection.resolve(source)
+    if faults := inspection.verify(path):
+        raise CheckpointError("\n".join(faults))
+    return path, []
+
+
+def _free_place(out: Path, checkpoint: Path, *, overwrite: bool) -> Path:
+    out = out.absolute()
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} exists and is not a folder; give another --out")
+    if checkpoint.absolute().is_relative_to(out) or out.is_relative_to(checkpoint.absolute()):
+        raise UserError(f"{out} and the checkpoint {checkpoint} lie inside one another; give another --out")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(f"{out} is not empty; give another --out, or --overwrite to replace it")
+        if not (out / "config.json").is_file():
+            raise UserError(f"{out} is not empty and not a model's folder (no config.json); remove it yourself")
+    return out
+
+
+def _config(facts: Mapping[str, Any], weights: Weights) -> transformers.PretrainedConfig:
+    """The architecture that was trained, in the dtype that most of it was saved in."""
+    values = {key: value for key, value in facts["model_config"].items() if key not in _NOT_TAKEN}
+    family = values.pop("model_type", None)
+    try:
+        config = transformers.CONFIG_MAPPING[family].from_dict({**values, "use_cache": True})
+        bytes_of: Counter[str] = Counter()
+        for record in weights.records.values():
+            bytes_of[record.dtype] += record.bytes
+        config.dtype = DTYPES[bytes_of.most_common(1)[0][0]]
+        with torch.device("meta"):
+            config.architectures = [type(transformers.AutoModelForCausalLM.from_config(config)).__name__]
+    except Exception as error:  # an unknown family, or values that its class refuses, each in its own way
+        raise CheckpointError(f"{weights.path}: its model_config is not one of {family}: {error}") from error
+    return config
+
+
+def _write_words(folder: Path, config: transformers.PretrainedConfig, recipe: Mapping[str, Any]) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    config.save_pretrained(folder)
+    pretrained = recipe["model"]["pretrained"]
+    generation = transformers.GenerationConfig.from_model_config(config)
+    if pretrained is not None:
+        with suppress(OSError):  # a base model has none
+            generation = transformers.GenerationConfig.from_pretrained(pretrained, local_files_only=True)
+    generation.save_pretrained(folder)
+    limit = getattr(config, "max_position_embeddings", None)
+    save_tokenizer(recipe["data"]["tokenizer"], folder, pretrained=pretrained, max_tokens=limit)
+
+
+def _write_weights(folder: Path, weights: Weights, *, shard_bytes: int) -> None:
+    """``model.safetensors``, or numbered ones of at most ``shard_bytes`` (or one tensor) with their index."""
+    bundles: list[list[str]] = []
+    free = 0
+    # wide elements first, so that each is aligned
+    for name, record in sorted(weights.records.items(), key=lambda item: (-ITEM_BYTES[item[1].dtype], item[0])):
+        if not bundles or record.bytes > free:
+            bundles.append([])
+            free = shard_bytes
+        bundles[-1].append(name)
+        free -= record.bytes
+    count = len(bundles)
+    places: dict[str, str] = {}
+    for number, names in enumerate(bundles, start=1):
+        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_file(folder / file, weights, names)
+        places |= dict.fromkeys(names, file)
+    if count > 1:
+        total = sum(record.bytes for record in weights.records.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _write_file(path: Path, weights: Weights, names: Sequence[str]) -> None:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        record = weights.records[name]
+        entries[name] = {"dtype": record.dtype, "shape": record.shape, "data_offsets": [end, end + record.bytes]}
+        end += record.bytes
+    with open(path, "xb") as file:
+        file.write(encode_header(entries))
+        for name in names:
+            tensor = torch.empty(weights.records[name].shape, dtype=DTYPES[weights.records[name].dtype])
+            weights.fill({name: tensor})
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@torch.no_grad()
+def _difference(folder: Path, weights: Weights, config: transformers.PretrainedConfig) -> float:
+    """Largest difference between the logits of the loaded folder and of the architecture filled from the checkpoint.
+
+    Raises:
+        RunFailed: it is over 1e-5, or the architecture and the checkpoint do not have the same tensors.
+    """
+    tokens = min(64, getattr(config, "max_position_embeddings", 64))
+    ids = torch.randint(0, config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
+    direct = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+    parameters = {name: parameter.data for name, parameter in direct.named_parameters()}
+    if faults := _faults(parameters, weights):
+        raise RunFailed(f"{weights.path} cannot be exported as {type(direct).__name__}: {'; '.join(faults[:5])}")
+    weights.fill(parameters)
+    expected = direct(ids).logits
+    del direct, parameters
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True).eval()
+    difference = (loaded(ids).logits - expected).abs().max().item()
+    if not difference <= TOLERANCE:
+        words = f"its logits differ by {difference:.1e}, more than {TOLERANCE:.0e}"
+        raise RunFailed(f"{weights.path} was not exported: loaded again, {words}")
+    return difference
+
+
+def _faults(parameters: Mapping[str, Tensor], weights: Weights) -> list[str]:
+    extra = [f"{name} is too much" for name in sorted(weights.records.keys() - parameters.keys())]
+    return extra + faults_of(parameters, weights.records)
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    sync_folder(partial)
+    replaced = out.with_name(f".{out.name}.replaced")
+    discard(replaced)
+    if out.exists():
+        os.rename(out, replaced)
+    os.rename(partial, out)
+    sync_folder(out.parent)
+    discard(replaced)
