@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cuboid.parallel.layout import Coordinate
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import ActionTime, Pipeline
 from cuboid.parallel.schedules import ideal_bubble, order, simulate
@@ -42,7 +43,7 @@ CLEARLY_SLOWER = 1.4
 
 @dataclass(frozen=True, kw_only=True)
 class Bubble:
-    """The bubble of one step; means over all pipelines, as shares of the wall unless said otherwise.
+    """The bubble of one step; means over the pipelines, as shares of the wall unless said otherwise.
 
     ``measured = ideal + imbalance + optimizer + input + communication`` holds exactly; the last three are the gap
     between measured and expected.
@@ -164,7 +165,7 @@ def _stage_seconds(actions: Sequence[Sequence[ActionTime]]) -> tuple[float, ...]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What rank 0 learns of a step: the mean over all pipelines, and the times of its own pipeline for the picture."""
+    """What rank 0 learns of a step: the mean over the pipelines, and the times of its own pipeline for the picture."""
 
     title: str
     """What ran: schedule, layout, microbatches."""
@@ -175,8 +176,9 @@ class Measurement:
 class BubbleMeter:
     """Measures every step of a run; every rank makes one and calls it once a step, after the update.
 
-    Costs one message a rank and step: 3 numbers an action to the pipeline's first rank, and from there a few dozen
-    numbers to rank 0. Point to point: with many more ranks than cores a gloo reduction takes several times as long.
+    The pipelines of tensor coordinate 0 are measured: tensor ranks meet in every layer, so that theirs run alike. Each
+    rank of these sends one message a step, 3 numbers an action, to its pipeline's first rank, which sends a few dozen
+    numbers on to rank 0. Point to point: where ranks outnumber cores, a gloo reduction takes several times as long.
     """
 
     def __init__(self, block: Block, *, schedule: str, virtual_stages: int, microbatches: int) -> None:
@@ -185,7 +187,8 @@ class BubbleMeter:
         self._title = f"{schedule}, {layout}, {microbatches} microbatches"
         self._order = order(schedule, **sizes)
         self._ideal = ideal_bubble(schedule, **sizes)
-        self._place, self._columns = place, layout.data * layout.tensor
+        self._place = place
+        self._first_ranks = [layout.rank(Coordinate(0, data, 0)) for data in range(layout.data)]
         self._group = block.mesh["pipeline"].get_group()
         hosts: list[str] = [""] * layout.world_size
         dist.all_gather_object(hosts, _host())
@@ -198,6 +201,8 @@ class BubbleMeter:
     def measure(self, pipeline: Pipeline) -> Measurement | None:
         """The newest step of ``pipeline``, on rank 0; None elsewhere. All ranks call it together."""
         updated = time.monotonic()
+        if self._place.tensor:
+            return None
         if self._spans_hosts and self._steps % CLOCK_EVERY == 0:
             self._offset = clock_offset(self._group)
         self._steps += 1
@@ -230,10 +235,10 @@ class BubbleMeter:
             dist.send(numbers, 0)
             return None
         total, other = numbers.clone(), torch.empty_like(numbers)
-        for rank in range(1, self._columns):  # the first ranks of all pipelines come first
+        for rank in self._first_ranks[1:]:
             dist.recv(other, rank)
             total += other
-        return Measurement(self._title, _from_numbers(total / self._columns, like=result), times)
+        return Measurement(self._title, _from_numbers(total / len(self._first_ranks), like=result), times)
 
     def _step_times(self, received: Sequence[Tensor]) -> StepTimes:
         tables = [table.tolist() for table in received]

@@ -29,7 +29,7 @@ IDLE = "#e9e9ec"
 def write_timeline(folder: Path, step: int, measurement: Measurement) -> Path | None:
     """Write ``folder/step-00000007.trace.json`` and ``.png`` of step 7.
 
-    Shows the pipeline of data and tensor coordinate 0; the bubble beside it is the mean over all pipelines. Returns the
+    Shows the pipeline of data and tensor coordinate 0; the bubble beside it is the mean over the data axis. Returns the
     picture's path, or None where matplotlib is not installed (extra ``track``).
     """
     folder.mkdir(parents=True, exist_ok=True)
