@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,8 @@ from cuboid.trainer.corpus import Corpus
 from cuboid.trainer.tokenizer import Tokenizer
 
 _FORMAT = 1
-_BATCH_CHARACTERS = 1 << 22
-_PIECE_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 21
+_PIECE_CHARACTERS = 1 << 18
 _GAP = re.compile(r"[^\W\d] [^\W\d]")
 _GAP_CHARACTERS = 2000
 _LOCK_POLL_SECONDS = 0.1
@@ -123,17 +123,17 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]
     total = documents = 0
     progress = _Progress(corpus)
     with open(folder / "tokens.bin", "wb") as ids_file, open(folder / "starts.bin", "wb") as starts_file:
-        for batch in _batches(corpus, progress):
-            ids, lengths = _encode(batch, tokenizer, dtype)
-            starts = (total + np.cumsum(lengths) - lengths).astype(np.int64)
+        for batch in _batches(corpus):
+            rows, starts = _encode(batch, tokenizer, total)
+            # copied once, into the type of the file
+            ids = np.concatenate(rows, dtype=dtype, casting="unsafe")
             total += len(ids)
-            documents += len(lengths)
-            for array, file, sha in ((ids, ids_file, sha_ids), (starts, starts_file, sha_starts)):
-                content = array.tobytes()
-                file.write(content)
-                sha.update(content)
-            progress.show(total)
-        end = np.array([total], dtype=np.int64).tobytes()
+            documents += len(starts)
+            for array, file, sha in ((ids, ids_file, sha_ids), (np.array(starts, np.int64), starts_file, sha_starts)):
+                file.write(array.data)
+                sha.update(array.data)
+            progress.show(sum(len(piece.text) for piece in batch), total)
+        end = np.array([total], np.int64).tobytes()
         starts_file.write(end)
         sha_starts.update(end)
         _flush(ids_file)
@@ -152,42 +152,47 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]
     }
 
 
-def _batches(corpus: Corpus, progress: _Progress) -> Iterator[list[str]]:
-    """Documents with text, in order, about `_BATCH_CHARACTERS` at a time."""
-    batch: list[str] = []
+class _Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+def _batches(corpus: Corpus) -> Iterator[list[_Piece]]:
+    """Documents with text, in order, in pieces, about `_BATCH_CHARACTERS` at a time."""
+    batch: list[_Piece] = []
     size = 0
     for document in corpus.read():
-        if not document:
-            continue
-        batch.append(document)
-        size += len(document)
-        progress.add(document)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+        for piece in _pieces(document):
+            batch.append(piece)
+            size += len(piece.text)
+            if size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 
 
-def _encode(documents: list[str], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids of all the documents, number of ids of each), each document between the tokenizer's begin and end."""
-    pieces = [list(_pieces(document)) for document in documents]
-    # One call for all: tokenizers of transformers spread a batch over the cores.
-    encoded = iter(tokenizer.encode([piece for document in pieces for piece in document]))
+def _encode(batch: list[_Piece], tokenizer: Tokenizer, offset: int) -> tuple[list[np.ndarray], list[int]]:
+    """(ids in rows, where documents start) after `offset` ids; each document between the tokenizer's begin and end."""
     begin = [np.array([tokenizer.begin])] if tokenizer.begin is not None else []
     end = [np.array([tokenizer.end])] if tokenizer.end is not None else []
     rows: list[np.ndarray] = []
-    lengths = []
-    for document in pieces:
-        parts = [*begin, *(next(encoded) for _ in document), *end]
+    starts = []
+    # One call for all: tokenizers of transformers spread a batch over the cores.
+    for piece, ids in zip(batch, tokenizer.encode([piece.text for piece in batch]), strict=True):
+        if piece.first:
+            starts.append(offset)
+        parts = [*(begin if piece.first else ()), ids, *(end if piece.last else ())]
         rows += parts
-        lengths.append(sum(len(part) for part in parts))
-    ids = np.concatenate(rows).astype(dtype)
-    return ids, np.array(lengths, dtype=np.int64)
+        offset += sum(map(len, parts))
+    return rows, starts
 
 
-def _pieces(document: str) -> Iterator[str]:
-    """A long document in pieces, so that a file of gigabytes is not tokenised as one string.
+def _pieces(document: str) -> Iterator[_Piece]:
+    """A long document in pieces, so that a file of gigabytes is not tokenised as one string; none of an empty one.
 
     Cut before a space between two words, where a tokenizer divides the text anyway; else after a line, else anywhere.
     """
@@ -198,9 +203,10 @@ def _pieces(document: str) -> Iterator[str]:
         stop = gaps[-1] if gaps else document.rfind("\n", start, limit) + 1
         if stop <= start:
             stop = limit
-        yield document[start:stop]
+        yield _Piece(document[start:stop], start == 0, False)
         start = stop
-    yield document[start:]
+    if document:
+        yield _Piece(document[start:], start == 0, True)
 
 
 def _flush(file: Any) -> None:
@@ -241,10 +247,8 @@ class _Progress:
         self._read = 0
         self._started = self._shown = time.monotonic()
 
-    def add(self, document: str) -> None:
-        self._read += len(document)
-
-    def show(self, num_tokens: int) -> None:
+    def show(self, num_characters: int, num_tokens: int) -> None:
+        self._read += num_characters
         now = time.monotonic()
         if now - self._shown < _PROGRESS_SECONDS:
             return
