@@ -30,6 +30,8 @@ TOKENS, VOCABULARY, GLOBAL_BATCH, STEPS = 16, 96, 16, 3
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 4},
+    "qwen2": {"model_type": "qwen2"},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
 }
 
 

@@ -51,6 +51,8 @@ LARGER = [
     Case(3, 1, 2, "interleaved_1f1b", tied=True, microbatches=8, activation_checkpointing="full"),
     Case(2, 2, 2, "1f1b", microbatches=2),
     Case(2, 1, 1, "gpipe", microbatches=1),
+    Case(2, 1, 2, family="qwen2", tied=True),
+    Case(2, 1, 2, family="mistral"),  # attends to a sliding window only
 ]
 
 

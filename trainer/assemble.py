@@ -15,7 +15,7 @@ from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_st
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.engine import NativeEngine
-from cuboid.trainer.model import Blueprint, initialise_buffers, local_folder, seeded_tensors
+from cuboid.trainer.model import Blueprint, initialise_buffers, local_folder, seeded_tensors, tensor_plan
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
@@ -50,12 +50,13 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
 def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> list[Stage]:
     """This rank's stages, divided over tensor and data, with their first values."""
     settings, num_stages = recipe.parallel, recipe.parallel.pipeline * virtual_stages(recipe)
+    plan = tensor_plan(blueprint) if settings.tensor > 1 else {}
     stages = []
     for index in _stage_indices(recipe, block):
         # cut on meta first: nothing that this rank does not compute ever takes memory
         stage = cut_stage(blueprint.model, index, num_stages, anatomy=blueprint.anatomy, masks=blueprint.masks)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
-        apply_tensor_parallel(stage, block.mesh["tensor"], blueprint.plan, sequence=settings.sequence)
+        apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
         # before sharding, so that a layer's parameters are gathered once around its recomputation
         if settings.activation_checkpointing == "full":
             apply_activation_checkpointing(stage)

@@ -226,15 +226,19 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
         more = ", or a larger model.config.max_position_embeddings" if recipe.model.config is not None else ""
         constraint = f"is longer than the model's max_position_embeddings={longest}"
         yield FieldError("data.sequence_length", length, constraint, f"use at most {longest}{more}")
-    from cuboid.trainer.model import draw_blueprint
+    from cuboid.trainer.families import check_family
+    from cuboid.trainer.model import draw_blueprint, tensor_plan
 
     try:
-        yield from _attempt(lambda: draw_blueprint(config, attention=recipe.model.attention))[0]
-    except (
-        ValueError,
-        ImportError,
-    ) as error:  # transformers' own words for an attention kernel or value it cannot take
+        errors, blueprint = _attempt(lambda: draw_blueprint(config, attention=recipe.model.attention))
+    except (ValueError, ImportError) as error:  # its own words for an attention kernel or a value it cannot take
         yield UserError(f"model: transformers cannot build this {config.model_type}: {error}")
+        return
+    yield from errors
+    if blueprint is not None:
+        yield from _attempt(lambda: check_family(config))[0]
+        if recipe.parallel.tensor > 1 and config.base_model_tp_plan:
+            yield from _attempt(lambda: tensor_plan(blueprint))[0]
 
 
 def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[UserError]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cuboid.trainer.recorder import Recorder
 from cuboid.trainer.resume import differences
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
+from cuboid.trainer.version import version
 
 CHECKPOINTS = "checkpoints"
 STOP_FILE = "stop"
@@ -41,6 +43,8 @@ class Run:
     folder: Path
     block: Block
     model_config: dict[str, Any]
+    versions: dict[str, str]
+    """Of what computes; on rank 0."""
     dataset: Dataset
     engine: NativeEngine
     recorder: Recorder
@@ -105,6 +109,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     recorder.phase("data")
     engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
     recorder.phase("model")
+    versions = _versions() if block.rank == 0 else {}
     checkpointer = Checkpointer(
         folder / CHECKPOINTS,
         keep=recipe.checkpoint.keep,
@@ -116,6 +121,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         folder=folder,
         block=block,
         model_config=config.to_dict(),
+        versions=versions,
         dataset=dataset,
         engine=engine,
         recorder=recorder,
@@ -123,7 +129,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     )
     try:
         resume(run)
-        recorder.started(run.step, attention=blueprint.model.config._attn_implementation)
+        recorder.started(run.step, versions=versions, attention=blueprint.model.config._attn_implementation)
         yield run
     finally:
         checkpointer.close()
@@ -160,11 +166,8 @@ def save(run: Run) -> None:
         "recipe": run.recipe.model_dump(mode="json"),
         "model_config": run.model_config,
         "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
-        "layout": {
-            "pipeline": run.block.layout.pipeline,
-            "data": run.block.layout.data,
-            "tensor": run.block.layout.tensor,
-        },
+        "versions": run.versions,
+        "layout": asdict(run.block.layout),
     }
     run.checkpointer.save(run.step, run.engine.tensors(), facts)
 
@@ -193,6 +196,10 @@ def _same_on_every_rank(what: str, value: str) -> None:
     for rank, other in enumerate(values):
         if other != values[0]:
             raise UserError(f"{what} differs: {values[0][:12]} on rank 0, {other[:12]} on rank {rank}")
+
+
+def _versions() -> dict[str, str]:
+    return {"cuboid": version(), **{name: metadata.version(name) for name in ("torch", "transformers")}}
 
 
 def _seed(*parts: int) -> int:

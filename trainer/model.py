@@ -34,8 +34,6 @@ class Blueprint:
     model: transformers.PreTrainedModel
     """On `meta`: shapes and modules, no memory."""
     anatomy: Anatomy
-    plan: Plan
-    """Empty where the family has no tensor plan; the recipe check refuses a tensor axis then."""
 
     def masks(self, position_ids: Tensor) -> Masks:
         """Attention mask of each kind of layer for positions [B, T]; where they start again, a new document begins."""
@@ -67,14 +65,14 @@ def draw_blueprint(config: transformers.PretrainedConfig, *, attention: str = "a
     with torch.device("meta"):
         kwargs = {} if attention == "auto" else {"attn_implementation": attention}
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
-    anatomy = _anatomy(model)
-    return Blueprint(config, model.train(), anatomy, _tensor_plan(model, anatomy))
+    return Blueprint(config, model.train(), find_parts(model))
 
 
-def _anatomy(model: transformers.PreTrainedModel) -> Anatomy:
+def find_parts(model: transformers.PreTrainedModel) -> Anatomy:
     """Check that the model has the parts that a stage computes, and nothing beside them."""
     config = model.config
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    kind = "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
     anatomy = Anatomy(tuple(kinds), base=model.base_model_prefix, tied=bool(config.tie_word_embeddings))
     base = model.get_submodule(anatomy.base)
     known = {anatomy.embedding, anatomy.layers, anatomy.norm, anatomy.rotary}
@@ -91,22 +89,22 @@ def _anatomy(model: transformers.PreTrainedModel) -> Anatomy:
     return anatomy
 
 
-def _tensor_plan(model: transformers.PreTrainedModel, anatomy: Anatomy) -> Plan:
-    """Translate the config's own plan, and declare what it leaves out: embedding, head and the residual stream's norms.
+def tensor_plan(blueprint: Blueprint) -> Plan:
+    """The config's own plan in our words, with what it leaves out: embedding, head and the residual stream's norms.
 
-    Complete by construction or refused: every module with parameters gets a role.
+    Raises:
+        FieldError: where a module with parameters would have no role. Left out, it would train wrongly in silence.
     """
-    theirs: Mapping[str, str] = model.config.base_model_tp_plan or {}
-    if not theirs:
-        return {}
+    anatomy, config = blueprint.anatomy, blueprint.config
+    theirs: Mapping[str, str] = config.base_model_tp_plan or {}
     plan: dict[str, Role] = {
         f"{anatomy.base}.{anatomy.embedding}": Role.EMBEDDING,
         f"{anatomy.base}.{anatomy.norm}": Role.TOKENS,
         anatomy.head: Role.HEAD,
     }
     layer = f"{anatomy.base}.{anatomy.layers}.*"
-    without: list[str] = []
-    for name, module in model.named_modules():
+    without: dict[str, str] = {}
+    for name, module in blueprint.model.named_modules():
         key = pattern(name)
         if not module._parameters or key in plan:
             continue
@@ -116,15 +114,12 @@ def _tensor_plan(model: transformers.PreTrainedModel, anatomy: Anatomy) -> Plan:
         elif style is None and key.rpartition(".")[0] == layer and "norm" in type(module).__name__.lower():
             plan[key] = Role.TOKENS
         else:
-            without.append(f"{key} ({style or 'not in the plan'})")
-    unmatched = [key for key in theirs if f"{anatomy.base}.{key}" not in plan]
+            without[key] = style or "not in its plan"
+    unmatched = {f"{anatomy.base}.{key}" for key in theirs} - plan.keys() - without.keys()
     if without or unmatched:
-        raise FieldError(
-            "model.model_type",
-            model.config.model_type,
-            f"has modules that tensor parallelism cannot divide yet: {', '.join(without + unmatched)}",
-            "use parallel.tensor=1",
-        )
+        named = [f"{key} ({style})" for key, style in sorted(without.items())] + sorted(unmatched)
+        constraint = f"cannot divide modules of {config.model_type} yet: {', '.join(named)}"
+        raise FieldError("parallel.tensor", "2 or more", constraint, "use parallel.tensor=1")
     return plan
 
 

@@ -1,0 +1,82 @@
+"""Whether a family's model is what its stages compute: a shrunk twin runs both ways before anything is trained.
+
+A family may have all of Llama's parts and still do something between them (scale embeddings, divide logits) that stages
+would leave out in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers
+
+from cuboid.parallel.errors import FieldError
+from cuboid.parallel.stages import cut_stage
+from cuboid.trainer.model import Blueprint, find_parts
+
+PROVEN = frozenset({"llama", "qwen3"})
+"""Families that the project's own tests prove on every mesh; the others are tried on a shrunk twin at each start."""
+_TOLERANCE = 1e-4
+_SMALL = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "sliding_window": 5,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def check_family(config: transformers.PretrainedConfig) -> None:
+    """Raises FieldError where stages would not compute what transformers computes for this config."""
+    if config.model_type in PROVEN:
+        return
+    try:
+        difference = _difference(_shrunk(config))
+    except FieldError:
+        raise
+    except Exception as error:  # a family may fail in any way on a shape that it was not made for
+        raise _refusal(config, f"cannot be tried on a small model ({error})") from error
+    if difference > _TOLERANCE:
+        raise _refusal(config, f"computes something that stages leave out (a small model differs by {difference:.1e})")
+
+
+def _refusal(config: transformers.PretrainedConfig, constraint: str) -> FieldError:
+    remedy = "use a family that works, such as llama, qwen3, mistral or qwen2"
+    return FieldError("model.model_type", config.model_type, constraint, remedy)
+
+
+def _shrunk(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """The same family and options with few small layers, one of each kind that there is."""
+    tiny = copy.deepcopy(config)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"])) * 2
+    for name, value in _SMALL.items():
+        if getattr(config, name, None) is not None:
+            setattr(tiny, name, value)
+    tiny.num_hidden_layers = len(kinds)
+    if getattr(config, "layer_types", None):
+        tiny.layer_types = kinds
+    return tiny
+
+
+@torch.no_grad()
+def _difference(config: transformers.PretrainedConfig) -> float:
+    """Largest difference of logits between the model and its stages, relative to the largest logit."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():  # away from initial values, at which whole parts can be idle
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        ids = torch.randint(config.vocab_size, (2, 16))
+    positions = torch.arange(16).repeat(2, 1)
+    positions[1, 7:] -= 7
+    blueprint = Blueprint(config, model, find_parts(model))
+    stage = cut_stage(model, 0, 1, anatomy=blueprint.anatomy, masks=blueprint.masks)
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    found = stage(ids, position_ids=positions)
+    return ((found - expected).abs().max() / expected.abs().max()).item()
