@@ -35,6 +35,7 @@ _OWN_CLUSTER = {
     # object store and the agent's HTTP server listen to the network, whatever _node_ip_address says.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
+    "RAY_prestart_worker_first_driver": "0",  # Ray Train's workers are never taken from those
 }
 
 

@@ -93,6 +93,12 @@ def _watch(process: ForkProcess, receiver: Connection, received: list[int], scre
         screen.update()
         if screen.steps_done and not before:
             log.event("phase", name="first step")
+        if len(received) > obeyed:
+            obeyed = len(received)
+            no_step_is_lost = screen.steps_done == 0
+            if no_step_is_lost or received.count(signal.SIGINT) > 1 or not _ask_to_stop(log.folder, received):
+                return Ending(code=STOPPED[_reason(received)], words="stopped at once")
+            screen.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
         ready = wait([receiver, process.sentinel], timeout=_POLL_SECONDS)
         if receiver in ready:
             try:
@@ -102,22 +108,21 @@ def _watch(process: ForkProcess, receiver: Connection, received: list[int], scre
         if not process.is_alive():
             where = shown(log.folder / HOST_LOG)
             return Ending(code=1, words=f"the launcher's own process died (exit code {process.exitcode}; {where})")
-        if len(received) > obeyed:
-            obeyed = len(received)
-            if screen.steps_done == 0 or received.count(signal.SIGINT) > 1:
-                return Ending(code=STOPPED[_reason(received)], words="stopped at once")
-            _ask_to_stop(log.folder, _reason(received))
-            screen.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
 
 def _reason(received: list[int]) -> str:
     return "interrupt" if received[0] == signal.SIGINT else "signal"
 
 
-def _ask_to_stop(folder: Path, reason: str) -> None:
+def _ask_to_stop(folder: Path, received: list[int]) -> bool:
+    """Whether the ranks could be asked; a full disk takes no request, and no checkpoint either."""
     new = folder / f".{STOP_FILE}.{os.getpid()}"
-    new.write_text(reason)
-    os.replace(new, folder / STOP_FILE)
+    try:
+        new.write_text(_reason(received))
+        os.replace(new, folder / STOP_FILE)
+    except OSError:
+        return False
+    return True
 
 
 def _as_asked(ending: Ending, received: list[int], folder: Path, steps: int) -> Ending:

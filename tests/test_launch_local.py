@@ -195,3 +195,12 @@ def test_no_rank_outlives_a_killed_driver(tmp_path):
     driver.kill()
     driver.communicate(timeout=10)
     wait_until_gone(session_pids(tmp_path))
+
+
+def test_no_rank_outlives_a_killed_launcher(tmp_path):
+    driver = start_driver(tmp_path)
+    launcher = int(Path(f"/proc/{standin.ranks_of(tmp_path)[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(launcher, signal.SIGKILL)
+    _, err = driver.communicate(timeout=10)
+    assert (driver.returncode, "the launcher's own process died (exit code -9" in err) == (1, True)
+    wait_until_gone(session_pids(tmp_path))
