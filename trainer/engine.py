@@ -39,6 +39,8 @@ class StepResult:
     """Global norm of the gradient of that mean, before clipping."""
     tokens: int
     """Valid (predicted) tokens of the global batch."""
+    told: tuple[float, ...] = ()
+    """What the ranks told each other with the step, each number summed over all ranks."""
 
 
 @dataclass(kw_only=True)
@@ -55,19 +57,22 @@ class NativeEngine:
     _own_loss: float = 0.0
     """This rank's share of the newest loss; 0 away from the last stage."""
 
-    def step(self, batch: Batch, *, learning_rate: float) -> StepResult:
+    def step(self, batch: Batch, *, learning_rate: float, told: Sequence[float] = ()) -> StepResult:
         """One update from this data rank's share of the global batch.
+
+        Args:
+            told: numbers of this rank that travel with the loss, as many on every rank; `StepResult.told` has their sums.
 
         Raises:
             NotFinite: before the update, on every rank at once.
         """
-        result = self.backward(batch)
+        result = self.backward(batch, told=told)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise self._not_finite(result)
         self.update(result, learning_rate=learning_rate)
         return result
 
-    def backward(self, batch: Batch) -> StepResult:
+    def backward(self, batch: Batch, *, told: Sequence[float] = ()) -> StepResult:
         """Loss, complete gradients and their global norm; nothing is updated."""
         device = self.block.device
         tokens = self._count_tokens(batch.labels)
@@ -83,7 +88,7 @@ class NativeEngine:
         parameters = [parameter for _, parameter in self.parameters]
         close_sums(parameters)
         self.tied.sum_gradients()
-        return self._sum_over_block(parameters, tokens)
+        return self._sum_over_block(parameters, tokens, told)
 
     def update(self, result: StepResult, *, learning_rate: float) -> None:
         """Clip by the global norm and step the optimizer."""
@@ -102,16 +107,17 @@ class NativeEngine:
         dist.all_reduce(count, group=self.block.mesh["data"].get_group())
         return int(count)
 
-    def _sum_over_block(self, parameters: Sequence[nn.Parameter], tokens: int) -> StepResult:
-        """One small exchange makes loss and squared norm the same number on every rank."""
+    def _sum_over_block(self, parameters: Sequence[nn.Parameter], tokens: int, told: Sequence[float]) -> StepResult:
+        """One small exchange makes loss, squared norm and what is told the same numbers on every rank."""
         sizes: Mapping[str, int] = {"data": self.block.layout.data, "tensor": self.block.layout.tensor}
         counted = [p for p in parameters if p is not self.tied.second]
-        shares = torch.empty(2, dtype=torch.float64, device=self.block.device)
-        shares[0] = self._own_loss / sizes["tensor"]  # every tensor rank computed the same loss
+        # every tensor rank computed the same loss
+        shares = torch.tensor([self._own_loss / sizes["tensor"], 0.0, *told], dtype=torch.float64)
+        shares = shares.to(self.block.device)
         shares[1] = squared_norm(counted, sizes)
         dist.all_reduce(shares)
-        loss_sum, squared = shares.tolist()
-        return StepResult(loss_sum, math.sqrt(squared), tokens)
+        loss, squared, *sums = shares.tolist()
+        return StepResult(loss, math.sqrt(squared), tokens, tuple(sums))
 
     def _not_finite(self, result: StepResult) -> NotFinite:
         """Which rank it came from, the same words on every rank."""

@@ -69,8 +69,7 @@ def train(recipe: Recipe, folder: Path) -> str | None:
     with connect(recipe.layout, timeout_seconds=timeout, device=device) as block, set_up(recipe, folder, block) as run:
         reason = None
         while run.step < recipe.train.steps and reason is None:
-            train_step(run)
-            reason = _asked_to_stop(run)
+            reason = _agreed_to_stop(run, train_step(run))
             if _save_is_due(run, last=reason is not None):
                 save(run)
         run.checkpointer.wait()
@@ -86,13 +85,13 @@ def train_step(run: Run) -> StepResult:
     torch.manual_seed(_seed(recipe.seed, step, *run.block.coordinate))
     batch = run.dataset.batch(recipe.batch_plan.samples(step, run.block.coordinate.data))
     try:
-        result = run.engine.step(batch, learning_rate=rate)
+        result = run.engine.step(batch, learning_rate=rate, told=[_wants_to_stop(run), *run.recorder.memory_by_rank()])
     except NotFinite as error:
         shares = [recipe.batch_plan.samples(step, rank) for rank in error.data_ranks]
         samples_read = ", ".join(f"{share.start} to {share.stop - 1}" for share in shares)
         raise RunFailed(f"step {step}: {error} (samples {samples_read}); nothing was updated") from None
     run.step = step
-    run.recorder.step(step, result, learning_rate=rate, pipeline=run.engine.pipeline)
+    run.recorder.step(step, result, learning_rate=rate, memory=result.told[1:], pipeline=run.engine.pipeline)
     return result
 
 
@@ -177,17 +176,18 @@ def _save_is_due(run: Run, *, last: bool) -> bool:
     return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps)
 
 
-def _asked_to_stop(run: Run) -> str | None:
-    """The stop file's content, seen by rank 0 and so by every rank at the same step."""
-    asked: list[str | None] = [None]
-    if run.block.rank == 0 and (run.folder / STOP_FILE).exists():
-        asked = [(run.folder / STOP_FILE).read_text().strip() or "stop"]
-    flag = torch.tensor([asked[0] is not None], device=run.block.device)
-    dist.broadcast(flag, src=0)
-    if not flag.item():
+def _wants_to_stop(run: Run) -> float:
+    """1 on rank 0 where the stop file stands; told with the step, so that every rank hears of it at the same edge."""
+    return float(run.block.rank == 0 and (run.folder / STOP_FILE).exists())
+
+
+def _agreed_to_stop(run: Run, result: StepResult) -> str | None:
+    """What the stop file says, the same on every rank."""
+    if not result.told[0]:
         return None
-    dist.broadcast_object_list(asked, src=0)
-    return asked[0]
+    words = [(run.folder / STOP_FILE).read_text().strip() if run.block.rank == 0 else ""]
+    dist.broadcast_object_list(words, src=0)
+    return words[0] or "stop"
 
 
 def _same_on_every_rank(what: str, value: str) -> None:

@@ -7,6 +7,7 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,24 @@ class Recorder:
             self.event("start", step=step, layout=str(self.block.layout), ranks=ranks, phases=self._phases, **facts)
         self._last = time.monotonic()
 
-    def step(self, step: int, result: StepResult, *, learning_rate: float, pipeline: Pipeline) -> None:
-        """Write the record of a completed step."""
+    def memory_by_rank(self) -> list[float]:
+        """Zeros, with this rank's peak in its own place: summed over ranks, the peak of each.
+
+        Bytes held on the device, or resident in the process where there is no GPU.
+        """
+        device = self.block.device
+        if device.type == "cuda":
+            own = torch.cuda.max_memory_allocated(device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return [float(own) if rank == self.block.rank else 0.0 for rank in range(self.block.layout.world_size)]
+
+    def step(
+        self, step: int, result: StepResult, *, learning_rate: float, memory: Sequence[float], pipeline: Pipeline
+    ) -> None:
+        """Write the record of a completed step; ``memory`` is `memory_by_rank` summed over ranks."""
         measured = self._meter.measure(pipeline)
-        peak = self._peak_memory()
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         if measured is None:
@@ -97,7 +112,7 @@ class Recorder:
             "tokens_predicted": result.tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "memory_peak_bytes": peak,
+            "memory_peak_bytes": int(max(memory)),
             **measured.bubble.record(),
         }
         self.log.metrics(record)
@@ -117,23 +132,15 @@ class Recorder:
             self.tracker.close(failed=sys.exc_info()[0] is not None)
         self.log.close()
 
-    def _peak_memory(self) -> int:
-        """Most bytes that any rank held at once: on its device, or of the process where there is no GPU."""
-        device = self.block.device
-        if device.type == "cuda":
-            own = torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peak = torch.tensor(own, dtype=torch.int64)
-        dist.reduce(peak, dst=0, op=dist.ReduceOp.MAX)
-        return int(peak)
-
     def _timeline_is_due(self, step: int) -> bool:
         every = self.recipe.track.timeline_every
         return every > 0 and (step in (2, self.recipe.train.steps) or step % every == 0)
 
     def _draw(self, step: int, measured: Measurement) -> None:
-        picture = write_timeline(self.folder / "timeline", step, measured)
+        try:
+            picture = write_timeline(self.folder / "timeline", step, measured)
+        except OSError as error:  # a full disk costs a picture, not the run
+            self.event("timeline_failed", step=step, cause=str(error))
+            return
         if picture is not None and self.tracker is not None:
             self.tracker.image("timeline", picture)
