@@ -39,6 +39,7 @@ DOORS = {
     "torch.distributed.pipelining": {"parallel/pipeline.py"},
     "trackio": {"trainer/track.py"},
     "transformers": {
+        "trainer/families.py",
         "trainer/model.py",
         "trainer/model_config.py",
         "trainer/tokenizer.py",
