@@ -61,7 +61,7 @@ class NativeEngine:
         """One update from this data rank's share of the global batch.
 
         Args:
-            told: numbers of this rank that travel with the loss, as many on every rank; `StepResult.told` has their sums.
+            told: numbers of this rank that travel with the loss, as many on every rank; the result has their sums.
 
         Raises:
             NotFinite: before the update, on every rank at once.
