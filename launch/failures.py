@@ -66,6 +66,8 @@ class Failure:
     """The file with the traceback, within the run's folder."""
 
     def told(self, step: int) -> str:
+        if self.kind == "run" and f"step {step}" in self.cause:
+            return self.cause
         where = f"in step {step}" if step else "before the first step"
         if self.silent:
             return f"rank {self.rank} {self.cause} {where}"

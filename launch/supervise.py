@@ -131,9 +131,7 @@ def _as_asked(ending: Ending, received: list[int], folder: Path, steps: int) -> 
     done = step_in_work(folder) - 1
     if ending.code or not received or done >= steps:
         return ending
-    return Ending(
-        code=STOPPED[_reason(received)], words=f"stopped after step {done} of {steps}; the same command goes on"
-    )
+    return Ending(code=STOPPED[_reason(received)], words=f"stopped after step {done} of {steps}")
 
 
 @contextmanager
