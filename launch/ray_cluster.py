@@ -14,11 +14,7 @@ from pathlib import Path
 from cuboid.launch.failures import Ending
 from cuboid.launch.supervise import drive
 from cuboid.launch.worker import Train
-from cuboid.parallel.errors import FieldError
 from cuboid.trainer.recipe import Recipe
-
-_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray in the environment of a submitted job's command."""
 
 _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -48,17 +44,16 @@ def launch(recipe: Recipe, folder: Path, *, train: Train | None = None) -> int:
         train: what each rank runs; the training loop unless something else is launched.
 
     Raises:
-        UserError: the run's folder cannot be written, or is relative in a submitted job.
+        UserError: the run's folder cannot be written.
     """
-    if _JOB in os.environ and not Path(recipe.runs).is_absolute():
-        constraint = "is relative, and the working directory of a submitted job may be deleted"
-        raise FieldError("runs", recipe.runs, constraint, "give an absolute path that every node sees")
     folder = folder.absolute()
     return drive(recipe, folder, partial(_host, recipe, folder, train))
 
 
 def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:
     address = recipe.launch.address or os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        address = None
     for name, value in (_SETTINGS if address else _SETTINGS | _OWN_CLUSTER).items():
         os.environ.setdefault(name, value)
     from cuboid.launch.ray_group import Group

@@ -69,8 +69,7 @@ class Group:
     def _connect(self, address: str | None) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
-            # Ranks may outnumber cores: what Ray counts as a CPU here is room for a rank.
-            ray.init(address="local", num_cpus=self.size, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+            _start_own(self.size, quiet)
             return
         _probe(address)
         try:
@@ -125,6 +124,19 @@ class Group:
                 raise UserError(str(cause)) from error
             raise RunFailed(f"Ray could not keep the ranks running: {' '.join(str(cause).split())[:300]}") from error
         return Ending(code=0)
+
+
+def _start_own(ranks: int, quiet: dict[str, Any]) -> None:
+    """A cluster of this machine alone. On a machine under load its parts may miss one another; so it is tried twice."""
+    for last in (False, True):
+        try:
+            # Ranks may outnumber cores: what Ray counts as a CPU here is room for a rank.
+            ray.init(address="local", num_cpus=ranks, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+            return
+        except Exception as error:  # Ray's own raise is as bare
+            ray.shutdown()
+            if last:
+                raise RunFailed(f"Ray's local cluster does not start: {str(error).splitlines()[0]}") from error
 
 
 def rank_bundle(nodes: Sequence[Mapping[str, float]], ranks: int, *, tensor: int, gpu: bool) -> dict[str, float] | None:
