@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from cuboid.parallel.errors import RunFailed, UserError
-from cuboid.trainer.runlog import RunLog, read_events, read_metrics
+from cuboid.trainer.runlog import STOP_FILE, RunLog, read_events, read_metrics
 
 Kind = Literal["user", "run", "error"]
 
@@ -23,11 +23,8 @@ EXIT_CODES: dict[Kind, int] = {"user": 2, "run": 1, "error": 70}
 """How a rank's process ends: the user's mistake, a run that cannot go on, or what another attempt may not meet
 (EX_SOFTWARE of sysexits.h)."""
 
-STOP_FILE = "stop"
-"""Asks the training loop to end at the next step's edge; holds the reason, a key of `STOPPED`."""
-
 STOPPED = {"interrupt": 130, "signal": 85}
-"""Exit codes of a run that was asked to stop."""
+"""Exit codes of a run that was asked to stop, by what the stop file says."""
 
 STALE_FAILURES = 3
 """Failures without a newer checkpoint after which a run is given up: it would only fail there again."""

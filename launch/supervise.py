@@ -22,12 +22,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
-from cuboid.launch.failures import STOP_FILE, STOPPED, Ending, shown, step_in_work
+from cuboid.launch.failures import STOPPED, Ending, shown, step_in_work
 from cuboid.launch.progress import Screen
 from cuboid.launch.worker import send_output_to
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.runlog import RunLog
+from cuboid.trainer.runlog import STOP_FILE, RunLog
 
 Host = Callable[[], Ending]
 

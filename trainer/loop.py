@@ -25,14 +25,12 @@ from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recorder import Recorder
 from cuboid.trainer.resume import differences
+from cuboid.trainer.runlog import STOP_FILE
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
 from cuboid.trainer.version import version
 
 CHECKPOINTS = "checkpoints"
-STOP_FILE = "stop"
-"""A launcher writes a file of this name into the run's folder to end the run at the next step's edge; its content says
-why."""
 
 
 @dataclass(kw_only=True)

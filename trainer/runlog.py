@@ -16,6 +16,9 @@ from cuboid.parallel.errors import UserError
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+STOP_FILE = "stop"
+"""A launcher writes a file of this name into the run's folder to end the run at the next step's edge; its content says
+why."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _CHUNK_BYTES = 1 << 16
 _SECRET_NAME = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
