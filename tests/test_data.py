@@ -264,7 +264,7 @@ def test_the_models_own_tokenizer(tmp_path, pretrained):
 
     tokenizer = open_tokenizer("auto", pretrained=str(pretrained), vocab_size=400)
     line = "    def decode(self, s, _w=WHITESPACE.match):\n"
-    documents = [line * 3, "ö" * 10, line * 60_000]  # the last one is longer than a piece
+    documents = [line * 3, "ö" * 10, line * 15_000]  # the last one is several pieces long
     for number, document in enumerate(documents):
         (tmp_path / f"{number}.txt").write_text(document)
     tokens = prepare_tokens(find_corpus(str(tmp_path / "*.txt")), tokenizer=tokenizer, cache=tmp_path / "cache")
