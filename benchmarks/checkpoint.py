@@ -28,6 +28,7 @@ from cuboid.parallel.layout import Layout
 from cuboid.parallel.mesh import connect
 from cuboid.trainer import inspection
 from cuboid.trainer.checkpoint import Checkpointer, load
+from cuboid.trainer.publish import discard
 from cuboid.trainer.shards import lay_out, plan_pieces
 
 NUM_PARAMETERS = 100
@@ -55,8 +56,6 @@ def make_tensors(layout: Layout, mesh: Any, megabytes: int) -> dict[str, Tensor]
 
 def plain_write(folder: Path, view: memoryview) -> float:
     """Seconds that all ranks together need to write and fsync their bytes, one file each."""
-    folder.mkdir(exist_ok=True)
-    dist.barrier()
     started = time.monotonic()
     descriptor = os.open(folder / f"plain-{dist.get_rank()}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     while view:
@@ -67,17 +66,31 @@ def plain_write(folder: Path, view: memoryview) -> float:
     return time.monotonic() - started
 
 
-def save_once(folder: Path, tensors: Mapping[str, Tensor], *, asynchronous: bool, saves: int) -> list[dict[str, Any]]:
-    """The ``checkpoint`` events of ``saves`` saves; the first one also plans and gets its memory."""
-    events: list[dict[str, Any]] = []
-    listen = lambda kind, **fields: events.append({"kind": kind, **fields})  # noqa: E731
-    with Checkpointer(folder, keep=1, asynchronous=asynchronous, event=listen) as checkpointer:
-        for step in range(1, saves + 1):
-            checkpointer.save(step, tensors, {})
-            checkpointer.wait()
-            dist.barrier()
-    assert checkpointer.failure is None, checkpointer.failure
-    return events
+class Turns:
+    """One way to write, of which each turn is told by the Checkpointer's own event."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], *, asynchronous: bool) -> None:
+        self.events: list[dict[str, Any]] = []
+        listen = lambda kind, **fields: self.events.append(fields)  # noqa: E731
+        self.checkpointer = Checkpointer(folder, keep=1, asynchronous=asynchronous, event=listen)
+        self.tensors, self.step = tensors, 0
+
+    def turn(self) -> None:
+        self.step += 1
+        self.checkpointer.save(self.step, self.tensors, {})
+        self.checkpointer.wait()
+        assert self.checkpointer.failure is None, self.checkpointer.failure
+
+
+def settle(folder: Path) -> None:
+    """Remove what the last turn wrote and let the disk finish, so that every turn begins alike."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in [*folder.glob("*/step-*"), *folder.glob("plain-*")]:
+            discard(path)
+        os.sync()
+        time.sleep(0.5)
+    dist.barrier()
 
 
 def timed_plan(tensors: Mapping[str, Tensor]) -> tuple[float, int]:
@@ -105,24 +118,19 @@ def measure(layout: Layout, folder: Path, megabytes: int, rounds: int) -> dict[s
         plans = [timed_plan(tensors) for _ in range(3)]
         bytes_here = plans[0][1]
         view = memoryview(torch.rand(bytes_here // 4 + 1).numpy()).cast("B")[:bytes_here]
-        table: dict[str, list[float]] = {"plain": [], "sync": [], "blocked": [], "behind": [], "first_blocked": []}
-        for number in range(rounds):
-            for kind in ("plain", "sync", "async") if number % 2 == 0 else ("async", "sync", "plain"):
-                if kind == "plain":
-                    table["plain"].append(plain_write(folder / "plain", view))
-                    dist.barrier()
-                    if block.rank == 0:
-                        shutil.rmtree(folder / "plain")
+        plain: list[float] = []
+        sync = Turns(folder / "sync", tensors, asynchronous=False)
+        behind = Turns(folder / "behind", tensors, asynchronous=True)
+        behind.checkpointer.prepare(tensors)
+        for number in range(rounds + 1):
+            for way in (plain, sync, behind) if number % 2 == 0 else (behind, sync, plain):
+                settle(folder)
+                if isinstance(way, list):
+                    way.append(plain_write(folder, view))
                 else:
-                    events = save_once(folder / kind, tensors, asynchronous=kind == "async", saves=2)
-                    if block.rank == 0 and kind == "sync":
-                        table["sync"].append(events[-1]["seconds"])
-                    elif block.rank == 0:
-                        table["first_blocked"].append(events[0]["blocked_seconds"])
-                        table["blocked"].append(events[-1]["blocked_seconds"])
-                        table["behind"].append(events[-1]["seconds"])
-                dist.barrier()
-        verify_seconds, load_seconds = timed_load(folder / "sync" / "step-00000002", tensors)
+                    way.turn()
+        behind.turn()
+        verify_seconds, load_seconds = timed_load(behind.checkpointer.newest, tensors)
         total = torch.tensor(bytes_here)
         dist.all_reduce(total)
         return {
@@ -131,7 +139,11 @@ def measure(layout: Layout, folder: Path, megabytes: int, rounds: int) -> dict[s
             "plan_ms": [round(seconds * 1000, 1) for seconds, _ in plans],
             "verify_seconds": verify_seconds,
             "load_seconds": load_seconds,
-            **{f"{key}_seconds": values for key, values in table.items()},
+            "plain_seconds": plain[1:],  # the first round warms up
+            "sync_seconds": [event["seconds"] for event in sync.events[1:]],
+            "behind_seconds": [event["seconds"] for event in behind.events[1 : rounds + 1]],
+            "blocked_seconds": [event["blocked_seconds"] for event in behind.events[1 : rounds + 1]],
+            "first_blocked_seconds": [event["blocked_seconds"] for event in behind.events[:1]],
         }
 
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -125,6 +126,13 @@ class Checkpointer:
         if refusal:
             raise UserError(refusal)
 
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Plan, and get the host memory, behind the first steps; else the first `save` does so while a step waits.
+
+        Only names, shapes and placements count; no value is read.
+        """
+        self._job = self._thread.submit(self._plan, tensors)
+
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Save the state after ``step`` (completed updates). The tensors may change as soon as this returns.
 
@@ -158,7 +166,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the newest save and end the thread."""
-        self.wait()
+        with suppress(Exception):  # a plan that failed is told by `save`, which nobody called
+            self.wait()
         self._thread.shutdown()
 
     def __enter__(self) -> Checkpointer:
@@ -318,7 +327,7 @@ def _agree(ranks: Ranks, path: Path, faults: list[str]) -> None:
     found = list(dict.fromkeys(chain.from_iterable(ranks.gather(faults))))
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        words = "; ".join(fault.removeprefix(f"{path}: ") for fault in found[:_SHOWN])
+        words = "; ".join(fault.removeprefix(str(path)).lstrip(": ") for fault in found[:_SHOWN])
         raise CheckpointError(f"{path} cannot be loaded: {words}{more}")
 
 

@@ -71,6 +71,9 @@ def train(recipe: Recipe, folder: Path) -> str | None:
             if _save_is_due(run, last=reason is not None):
                 save(run)
         run.checkpointer.wait()
+        if failure := run.checkpointer.failure:
+            newest_words = run.checkpointer.newest or "that of an earlier start"
+            raise RunFailed(f"step {run.saved} could not be saved ({failure}); the newest checkpoint is {newest_words}")
         run.recorder.stopped(run.step, reason)
         return reason
 
@@ -125,6 +128,8 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         checkpointer=checkpointer,
     )
     try:
+        if recipe.checkpoint.every:
+            checkpointer.prepare(engine.tensors())
         resume(run)
         recorder.started(run.step, versions=versions, attention=blueprint.model.config._attn_implementation)
         yield run

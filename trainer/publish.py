@@ -82,12 +82,14 @@ def publish(partial: Path, folder: Path, *, step: int, files: Mapping[str, FileR
     latest = folder / f"{PARTIAL}{LATEST}-{os.getpid()}"  # before the renames: they need no space, a new file does
     latest.unlink(missing_ok=True)
     write_durably(latest, f"{path.name}\n".encode())
+    given_up = folder / f"{PARTIAL}{path.name}-{os.getpid()}"
     if os.path.lexists(path):  # of a continuation that was given up, since this run was resumed from before it
-        _remove(path)
+        os.rename(path, given_up)
     os.rename(partial, path)
     sync_folder(folder)
     os.replace(latest, folder / LATEST)
     sync_folder(folder)
+    discard(given_up)
     return path
 
 

@@ -46,7 +46,8 @@ DTYPES = {
 }
 """safetensors' names of dtypes (https://huggingface.co/docs/safetensors)."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_FILE_BYTES = 2 << 30
+_FILE_BYTES = 256 << 20
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def plan_pieces(tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | Non
 
 
 def lay_out(pieces: Sequence[Piece], *, rank: int) -> list[FilePlan]:
-    """Divide a rank's pieces into files of about 2 GiB. Wide elements come first, so that each is aligned."""
+    """Divide a rank's pieces into files of about 256 MiB. Wide elements come first, so that each is aligned."""
     ordered = sorted(pieces, key=lambda piece: (-ITEM_BYTES[piece.dtype], piece.name))
     bundles: list[list[Piece]] = []
     free = 0
@@ -177,7 +178,7 @@ class Arena:
         """
         views = [memoryview(image.numpy()) for image in self._images]
         jobs: list[tuple[Future[None], Future[tuple[FileRecord, list[Chunk]]]]] = []
-        with ThreadPoolExecutor(2, thread_name_prefix="checkpoint") as pool:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint") as pool:
             for file, view in zip(self.files, views, strict=True):
                 jobs.append((pool.submit(write_durably, folder / file.name, view), pool.submit(_digest, file, view)))
         files, pieces = {}, []
