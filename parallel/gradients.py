@@ -64,7 +64,7 @@ class TiedWeights:
         names = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
         self.second = names.get(anatomy.head_weight)
         self.copy = names.get(anatomy.embedding_weight, self.second)
-        self.group = dist.new_group(list(ends), use_local_synchronization=True)
+        self.group = dist.new_group(list(ends), timeout=block.timeout, use_local_synchronization=True)
 
     def sum_gradients(self) -> None:
         if self.group is not None and self.copy is not None:

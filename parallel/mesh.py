@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from cuboid.parallel.layout import AXES, Coordinate, Layout
 
@@ -26,6 +26,8 @@ class Block:
     layout: Layout
     mesh: DeviceMesh
     device: torch.device
+    timeout: timedelta
+    """How long a rank waits in a collective before it fails; every group that is made gets it."""
 
     @property
     def rank(self) -> int:
@@ -54,13 +56,23 @@ def connect(layout: Layout, *, timeout_seconds: float = 300, device: torch.devic
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, timeout=timeout)
     try:
         assert dist.get_world_size() == layout.world_size, (
             f"{dist.get_world_size()} ranks were started for a layout of {layout.world_size}"
         )
-        sizes = tuple(getattr(layout, axis) for axis in AXES)
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-        yield Block(layout, mesh, device)
+        yield Block(layout, _make_mesh(layout, device, timeout), device, timeout)
     finally:
         dist.destroy_process_group()
+
+
+def _make_mesh(layout: Layout, device: torch.device, timeout: timedelta) -> DeviceMesh:
+    """The mesh of the layout. Its groups are made here, since those of `init_device_mesh` wait for half an hour."""
+    ranks = torch.arange(layout.world_size).view(tuple(getattr(layout, axis) for axis in AXES))
+    groups = []
+    for dim in range(len(AXES)):
+        lines = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
+        own, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout)
+        groups.append(own)
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=AXES)
