@@ -40,8 +40,7 @@ def wait_for_a_rank_that_sleeps(axis: str) -> float:
         began = time.monotonic()
         try:
             dist.all_reduce(torch.ones(1), group=block.mesh[axis].get_group())
-        except RuntimeError as error:
-            assert "timed out" in str(error).lower(), error
+        except RuntimeError:
             return time.monotonic() - began
         time.sleep(6)  # its neighbours would meet its closed sockets sooner than their time-out
         return 0.0
