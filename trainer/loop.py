@@ -24,6 +24,7 @@ from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recorder import Recorder
+from cuboid.trainer.restore import read_facts
 from cuboid.trainer.resume import differences
 from cuboid.trainer.runlog import STOP_FILE
 from cuboid.trainer.tokenizer import open_tokenizer
@@ -148,13 +149,14 @@ def resume(run: Run) -> None:
     if path is None:
         run.recorder.open(step=0, run_id=None)
         return
-    facts = load(path, run.engine.tensors())
+    facts = read_facts(path)  # before the tensors: a changed recipe is told by its field, not by a tensor's shape
     if wrong := differences(facts["recipe"], run.recipe):
         raise UserErrors(wrong)
     stored, found = facts["data"]["fingerprint"], run.dataset.fingerprint
     if stored != found:
         words = f"the data (fingerprint {found[:12]}) is not what {path.name} was trained on ({stored[:12]})"
         raise UserError(f"{words}; bring the old data back, or start anew with --fresh")
+    load(path, run.engine.tensors())
     run.step = run.saved = facts["step"]
     run.engine.optimizer.set_step(run.step)
     run.recorder.open(step=run.step, run_id=facts["run_id"])

@@ -6,6 +6,7 @@ moment, every ``step-...`` folder is whole, and what is not begins with ``.parti
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -63,6 +64,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that keeps names by itself
+            raise
     finally:
         os.close(descriptor)
 

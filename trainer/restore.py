@@ -18,12 +18,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from cuboid.trainer.manifest import FACTS, CheckpointError, Manifest, open_file, read_json
+from cuboid.trainer.manifest import FACTS, CheckpointError, Manifest, open_file, read_json, read_manifest
 from cuboid.trainer.shards import DTYPES, NAMES
 from cuboid.trainer.tensor_table import Chunk, TensorRecord
 
 
-def read_facts(path: Path, manifest: Manifest) -> dict[str, Any]:
+def read_facts(path: Path, manifest: Manifest | None = None) -> dict[str, Any]:
+    """What `Checkpointer.save` was given beside the tensors.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint at ``path``.
+    """
+    manifest = manifest or read_manifest(path)
     return read_json(path, FACTS, manifest.files[FACTS])
 
 
