@@ -10,12 +10,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -118,7 +119,6 @@ class Checkpointer:
         self._event = event
         self._arena: Arena | None = None
         self._signature: list[tuple[Any, ...]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[None] | None = None
         refusal = self._prepare_folder() if self._ranks.rank == 0 else None
         # a name unlike any earlier start's, whose last processes may still be writing
@@ -131,7 +131,7 @@ class Checkpointer:
 
         Only names, shapes and placements count; no value is read.
         """
-        self._job = self._thread.submit(self._plan, tensors)
+        self._job = _behind(self._plan, tensors)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Save the state after ``step`` (completed updates). The tensors may change as soon as this returns.
@@ -155,7 +155,7 @@ class Checkpointer:
             content = json.dumps({**facts, "step": step}, indent=1, allow_nan=False).encode()
         except Exception as error:  # whatever it is, the other ranks wait for this one's word
             failure = self._fault(error)
-        self._job = self._thread.submit(self._finish, step, content, failure, (started, _since(started)))
+        self._job = _behind(self._finish, step, content, failure, (started, _since(started)))
         if not self.asynchronous:
             self.wait()
 
@@ -164,11 +164,11 @@ class Checkpointer:
         if self._job is not None:
             self._job.result()
 
-    def close(self) -> None:
-        """Wait for the newest save and end the thread."""
-        with suppress(Exception):  # a plan that failed is told by `save`, which nobody called
-            self.wait()
-        self._thread.shutdown()
+    def close(self, *, patience_seconds: float | None = None) -> None:
+        """Wait for the newest save; at most so long, where another rank may never answer again."""
+        if self._job is not None:
+            with suppress(Exception):  # a plan that failed is told by `save`, which nobody called
+                self._job.result(patience_seconds)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -337,6 +337,20 @@ def _table(written: list[Written]) -> dict[str, TensorRecord]:
         before = table[name].chunks if name in table else ()
         table[name] = TensorRecord(dtype, shape, (*before, chunk))
     return table
+
+
+def _behind(call: Callable[..., None], *args: Any) -> Future[None]:
+    """Run ``call`` on a thread that does not keep the process alive: it may be waiting for a rank that is gone."""
+    job: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            job.set_result(call(*args))
+        except BaseException as error:
+            job.set_exception(error)
+
+    Thread(target=work, name="checkpoint", daemon=True).start()
+    return job
 
 
 def _since(started: float) -> float:

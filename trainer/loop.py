@@ -32,6 +32,7 @@ from cuboid.trainer.tokens import cache_folder
 from cuboid.trainer.version import version
 
 CHECKPOINTS = "checkpoints"
+_PATIENCE_SECONDS = 15.0
 
 
 @dataclass(kw_only=True)
@@ -134,8 +135,12 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         resume(run)
         recorder.started(run.step, versions=versions, attention=blueprint.model.config._attn_implementation)
         yield run
-    finally:
         checkpointer.close()
+    except BaseException:
+        # a save may be finished by ranks that live; one that no longer answers must not silence this rank's failure
+        checkpointer.close(patience_seconds=_PATIENCE_SECONDS)
+        raise
+    finally:
         recorder.close()
 
 
