@@ -10,11 +10,11 @@ import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.parallel.errors import RunFailed, UserError, one_of
 from cuboid.trainer.runlog import STOP_FILE, RunLog, read_events, read_metrics
 
 Kind = Literal["user", "run", "error"]
@@ -119,8 +119,8 @@ def _is_echo(error: BaseException) -> bool:
 class Judge:
     """Decides after each failure of the group whether it starts again; counts over one launch."""
 
-    def __init__(self, folder: Path, *, max_failures: int) -> None:
-        self._folder, self._max_failures = folder, max_failures
+    def __init__(self, folder: Path, *, max_failures: int, world_size: int) -> None:
+        self._folder, self._max_failures, self._world_size = folder, max_failures, world_size
         self._log = RunLog(folder)
         self._seen_events = len(read_events(folder))
         self._newest = newest_step(folder)
@@ -153,6 +153,10 @@ class Judge:
         found = [*recorded, *(failure for failure in silent if failure.rank not in known)]
         assert found, "a verdict without a failure"
         cause = root_cause(found)
+        if cause.echo:
+            # None knows more than that another one is not there; it may be one that has not spoken, a stopped process.
+            mute = sorted(set(range(self._world_size)) - {failure.rank for failure in found})
+            cause = replace(cause, cause=f"{cause.cause} (no word from rank {one_of(mute)})") if mute else cause
         self._failures += 1
         newest = newest_step(self._folder)
         self._stale = 1 if newest > self._newest else self._stale + 1

@@ -54,7 +54,7 @@ def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:
     train = train or worker.training_loop()
     log.event("phase", name="imports")
     gc.freeze()  # what is imported stays shared with the ranks: no collection writes into its pages
-    judge = Judge(folder, max_failures=recipe.launch.max_failures)
+    judge = Judge(folder, max_failures=recipe.launch.max_failures, world_size=recipe.layout.world_size)
     while True:
         ranks = _start(recipe, folder, train)
         log.event("phase", name="workers")

@@ -101,6 +101,7 @@ class Group:
         self.storage.parent.mkdir(exist_ok=True)
         probe = self.storage.parent / f"seen-{self.storage.name}"
         probe.touch()
+        judge = Judge(self.folder, max_failures=self.recipe.launch.max_failures, world_size=self.size)
         trainer = DataParallelTrainer(
             partial(worker.run, self.recipe.model_dump(), str(self.folder), train=train),
             backend_config=RankConfig(self.folder, probe, tensor=self.recipe.layout.tensor, threads=threads),
@@ -111,7 +112,7 @@ class Group:
                 name=self.storage.name,
                 storage_path=str(self.storage.parent),
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=_START_FAILURES),
-                callbacks=[Restarts(self.folder, max_failures=self.recipe.launch.max_failures)],
+                callbacks=[Restarts(self.folder, judge)],
             ),
         )
         try:
@@ -304,9 +305,8 @@ class Ended(Exception):
 class Restarts(UserCallback):
     """Asked by Ray Train's controller after each failure of the group; says no by raising."""
 
-    def __init__(self, folder: Path, *, max_failures: int) -> None:
-        self._folder = folder
-        self._judge = Judge(folder, max_failures=max_failures)
+    def __init__(self, folder: Path, judge: Judge) -> None:
+        self._folder, self._judge = folder, judge
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Raises `Ended` where the group shall not start again."""

@@ -101,7 +101,7 @@ def test_failures_are_counted_over_the_whole_run(tmp_path, capfd):
 
 
 def test_newer_checkpoints_let_a_run_fail_more_often(tmp_path):
-    judge = failures.Judge(tmp_path, max_failures=10)
+    judge = failures.Judge(tmp_path, max_failures=10, world_size=2)
     crash = failures.Failure(rank=0, cause="was killed by SIGKILL", silent=True)
     verdicts = []
     for saved in (None, None, 4, None, None):
@@ -109,6 +109,15 @@ def test_newer_checkpoints_let_a_run_fail_more_often(tmp_path):
             standin.save(tmp_path, saved)
         verdicts.append(judge.verdict([crash]))
     assert [verdict is None for verdict in verdicts] == [True, True, True, True, False]
+
+
+def test_a_rank_that_says_nothing_is_named_beside_the_echoes(tmp_path):
+    judge = failures.Judge(tmp_path, max_failures=10, world_size=3)
+    for rank in (0, 2):
+        failures.record(tmp_path, rank, RuntimeError("Timed out waiting 25000ms for send operation to complete"))
+    assert judge.verdict([]) is None
+    (failure,) = events(tmp_path, "failure")
+    assert failure["cause"].endswith("send operation to complete (no word from rank 1)")
 
 
 def test_a_port_that_was_taken_meanwhile_costs_one_start(tmp_path, monkeypatch):
