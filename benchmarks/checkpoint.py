@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cuboid.parallel.layout import Layout
@@ -66,6 +67,13 @@ def plain_write(folder: Path, view: memoryview) -> float:
     return time.monotonic() - started
 
 
+def dcp_save(folder: Path, tensors: dict[str, Tensor]) -> float:
+    """Seconds of torch.distributed.checkpoint's own safetensors writer: no SHA-256, no manifest, no rename."""
+    started = time.monotonic()
+    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / "dcp-step-1"), save_distributed=True))
+    return time.monotonic() - started
+
+
 class Turns:
     """One way to write, of which each turn is told by the Checkpointer's own event."""
 
@@ -86,7 +94,7 @@ def settle(folder: Path) -> None:
     """Remove what the last turn wrote and let the disk finish, so that every turn begins alike."""
     dist.barrier()
     if dist.get_rank() == 0:
-        for path in [*folder.glob("*/step-*"), *folder.glob("plain-*")]:
+        for path in [*folder.glob("*/step-*"), *folder.glob("plain-*"), *folder.glob("dcp-*")]:
             discard(path)
         os.sync()
         time.sleep(0.5)
@@ -119,16 +127,19 @@ def measure(layout: Layout, folder: Path, megabytes: int, rounds: int) -> dict[s
         bytes_here = plans[0][1]
         view = memoryview(torch.rand(bytes_here // 4 + 1).numpy()).cast("B")[:bytes_here]
         plain: list[float] = []
+        dcp: list[float] = []
         sync = Turns(folder / "sync", tensors, asynchronous=False)
         behind = Turns(folder / "behind", tensors, asynchronous=True)
         behind.checkpointer.prepare(tensors)
         for number in range(rounds + 1):
-            for way in (plain, sync, behind) if number % 2 == 0 else (behind, sync, plain):
+            for turn in (
+                lambda: plain.append(plain_write(folder, view)),
+                sync.turn,
+                behind.turn,
+                lambda: dcp.append(dcp_save(folder, tensors)),
+            )[:: 1 if number % 2 == 0 else -1]:
                 settle(folder)
-                if isinstance(way, list):
-                    way.append(plain_write(folder, view))
-                else:
-                    way.turn()
+                turn()
         behind.turn()
         verify_seconds, load_seconds = timed_load(behind.checkpointer.newest, tensors)
         total = torch.tensor(bytes_here)
@@ -140,6 +151,7 @@ def measure(layout: Layout, folder: Path, megabytes: int, rounds: int) -> dict[s
             "verify_seconds": verify_seconds,
             "load_seconds": load_seconds,
             "plain_seconds": plain[1:],  # the first round warms up
+            "dcp_seconds": dcp[1:],
             "sync_seconds": [event["seconds"] for event in sync.events[1:]],
             "behind_seconds": [event["seconds"] for event in behind.events[1 : rounds + 1]],
             "blocked_seconds": [event["blocked_seconds"] for event in behind.events[1 : rounds + 1]],
@@ -163,8 +175,8 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for key in [key for key in result if isinstance(result[key], list) and key != "plan_ms"]:
         result[key] = {"median": statistics.median(result[key]), "all": [round(v, 3) for v in result[key]]}
-    plain, sync, blocked = (result[f"{key}_seconds"]["median"] for key in ("plain", "sync", "blocked"))
-    result |= {"rate_of_plain": plain / sync, "blocked_of_sync": blocked / sync}
+    plain, sync, blocked, dcp = (result[f"{key}_seconds"]["median"] for key in ("plain", "sync", "blocked", "dcp"))
+    result |= {"rate_of_plain": plain / sync, "dcp_rate_of_plain": plain / dcp, "blocked_of_sync": blocked / sync}
     result["machine"] = f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
     print(json.dumps(result, indent=1))
 

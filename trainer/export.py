@@ -217,12 +217,25 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
     weights.fill(parameters)
     expected = direct(ids).logits
     del direct, parameters
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True).eval()
-    difference = (loaded(ids).logits - expected).abs().max().item()
+    with _no_progress_bar():
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True)
+    difference = (loaded.eval()(ids).logits - expected).abs().max().item()
     if not difference <= TOLERANCE:
         words = f"its logits differ by {difference:.1e}, more than {TOLERANCE:.0e}"
         raise RunFailed(f"{weights.path} was not exported: loaded again, {words}")
     return difference
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _faults(parameters: Mapping[str, Tensor], weights: Weights) -> list[str]:
