@@ -87,7 +87,8 @@ def _start(recipe: Recipe, folder: Path, train: Train) -> list[ForkProcess]:
 
 
 def _rank(place: Place, recipe: dict[str, object], folder: Path, train: Train) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as SIGINT: the driver asks for a checkpoint when it gets one
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
     die_with_parent(signal.SIGKILL)
     os.environ.update(worker.environment(place))
     worker.run(recipe, str(folder), train=train)

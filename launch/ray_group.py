@@ -57,7 +57,7 @@ class Group:
         log = RunLog(self.folder)
         self._connect(address)
         try:
-            end_with_driver()  # ray.init has taken the signal over
+            end_with_driver()  # ray.init has taken SIGTERM over
             bundle = self._room(wait_seconds=_ROOM_SECONDS if address else 0)
             log.event("phase", name="cluster")
             # The user's own threads a rank; on other machines there may be other numbers of cores and ranks.

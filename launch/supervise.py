@@ -171,14 +171,19 @@ def _host_main(host: Host, folder: Path, sender: Connection) -> None:
 
 
 def end_with_driver() -> None:
-    """Let SIGTERM, which comes also when the driver dies, end the whole session of this process at once."""
+    """End the whole session of this process once the driver is gone. Until then stop signals, which job systems send to
+    every process that they see, are the driver's business alone."""
 
     def end(number: int, frame: types.FrameType | None) -> None:
         _kill_session(os.getpid())
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, end)
-    die_with_parent(signal.SIGTERM)
+    def leave(number: int, frame: types.FrameType | None) -> None:
+        """Not SIG_IGN, which programs started from here would inherit."""
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGUSR2, end)
+    die_with_parent(signal.SIGUSR2)
 
 
 def die_with_parent(number: signal.Signals) -> None:

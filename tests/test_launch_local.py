@@ -36,6 +36,10 @@ def is_alive(pid: int) -> bool:
     return state not in "ZX"
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def session_pids(folder: Path) -> list[int]:
     return [place["pid"] for event in events(folder, "workers") for place in event["ranks"].values()]
 
@@ -173,10 +177,20 @@ def wait_until_gone(pids: list[int], seconds: float = 5) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 85)])
-def test_a_stop_signal_ends_the_run_after_a_checkpoint(tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "everybody"),
+    [
+        (signal.SIGINT, 130, False),
+        (signal.SIGUSR1, 85, False),
+        (signal.SIGTERM, 85, True),  # job systems do not send it to the command alone
+    ],
+)
+def test_a_stop_signal_ends_the_run_after_a_checkpoint(tmp_path, number, code, everybody):
     driver = start_driver(tmp_path)
-    os.killpg(driver.pid, number) if number == signal.SIGINT else os.kill(driver.pid, number)
+    launcher = parent(standin.ranks_of(tmp_path)[0])
+    for pid in [*session_pids(tmp_path), launcher] if everybody else []:
+        os.kill(pid, number)
+    os.killpg(driver.pid, number)
     _, err = driver.communicate(timeout=30)
     last = read_metrics(tmp_path)[-1]["step"]
     assert driver.returncode == code
@@ -208,8 +222,7 @@ def test_no_rank_outlives_a_killed_driver(tmp_path):
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path):
     driver = start_driver(tmp_path)
-    launcher = int(Path(f"/proc/{standin.ranks_of(tmp_path)[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(launcher, signal.SIGKILL)
+    os.kill(parent(standin.ranks_of(tmp_path)[0]), signal.SIGKILL)
     _, err = driver.communicate(timeout=10)
     assert (driver.returncode, "the launcher's own process died (exit code -9" in err) == (1, True)
     wait_until_gone(session_pids(tmp_path))
