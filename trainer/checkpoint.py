@@ -345,7 +345,8 @@ def _behind(call: Callable[..., None], *args: Any) -> Future[None]:
 
     def work() -> None:
         try:
-            job.set_result(call(*args))
+            call(*args)
+            job.set_result(None)
         except BaseException as error:
             job.set_exception(error)
 
