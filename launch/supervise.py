@@ -1,8 +1,7 @@
 """What every launcher shares on the driver's side: a host process, the user's signals, the screen, the ending.
 
-The driver is the user's command; it stays light and imports no torch. It starts one host process in a session of its
-own, which starts the ranks (`local`, `ray_cluster`), restarts them as `failures.Judge` says, and reports an `Ending`.
-Nothing of the session outlives the driver.
+The driver is the user's command. It starts one host process in a session of its own, which starts the ranks (`local`,
+`ray_cluster`), restarts them as `failures.Judge` says, and reports an `Ending`. Nothing of the session outlives it.
 """
 
 from __future__ import annotations

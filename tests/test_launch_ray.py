@@ -12,8 +12,9 @@ import pytest
 import standin
 
 from cuboid.launch import failures
+from cuboid.launch.placement import rank_bundle, rank_order, told_resources
 from cuboid.launch.progress import start_phases
-from cuboid.launch.ray_group import crash_words, rank_bundle, rank_order, told_resources
+from cuboid.launch.ray_group import crash_words
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.runlog import read_metrics
 
