@@ -9,11 +9,12 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,12 @@ class Turns:
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], *, asynchronous: bool) -> None:
         self.events: list[dict[str, Any]] = []
-        listen = lambda kind, **fields: self.events.append(fields)  # noqa: E731
-        self.checkpointer = Checkpointer(folder, keep=1, asynchronous=asynchronous, event=listen)
+        self.checkpointer = Checkpointer(folder, keep=1, asynchronous=asynchronous, event=self._listen)
         self.tensors, self.step = tensors, 0
+
+    def _listen(self, kind: str, **fields: Any) -> None:
+        if kind == "checkpoint":
+            self.events.append(fields)
 
     def turn(self) -> None:
         self.step += 1
@@ -97,7 +101,7 @@ def settle(folder: Path) -> None:
         for path in [*folder.glob("*/step-*"), *folder.glob("plain-*"), *folder.glob("dcp-*")]:
             discard(path)
         os.sync()
-        time.sleep(0.5)
+        time.sleep(2)  # also a virtual disk with an allowance of bytes
     dist.barrier()
 
 
@@ -131,13 +135,15 @@ def measure(layout: Layout, folder: Path, megabytes: int, rounds: int) -> dict[s
         sync = Turns(folder / "sync", tensors, asynchronous=False)
         behind = Turns(folder / "behind", tensors, asynchronous=True)
         behind.checkpointer.prepare(tensors)
+        turns: list[Callable[[], None]] = [
+            lambda: plain.append(plain_write(folder, view)),
+            sync.turn,
+            behind.turn,
+            lambda: dcp.append(dcp_save(folder, tensors)),
+        ]
         for number in range(rounds + 1):
-            for turn in (
-                lambda: plain.append(plain_write(folder, view)),
-                sync.turn,
-                behind.turn,
-                lambda: dcp.append(dcp_save(folder, tensors)),
-            )[:: 1 if number % 2 == 0 else -1]:
+            random.Random(number).shuffle(turns)
+            for turn in turns:
                 settle(folder)
                 turn()
         behind.turn()
