@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from cuboid.parallel.errors import RunFailed, UserError, one_of
+from cuboid.trainer.manifest import steps
 from cuboid.trainer.runlog import STOP_FILE, RunLog, read_events, read_metrics
 
 Kind = Literal["user", "run", "error"]
@@ -209,8 +210,7 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
 
 def newest_step(folder: Path) -> int:
     """Step of the newest finished checkpoint (its folder gets its name only when whole); -1 where there is none."""
-    steps = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in folder.glob("checkpoints/step-*/manifest.json"))
-    return max((int(match[1]) for match in steps if match), default=-1)
+    return max(steps(folder / "checkpoints"), default=-1)
 
 
 def step_in_work(folder: Path) -> int:

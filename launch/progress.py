@@ -117,7 +117,7 @@ def told(event: Mapping[str, Any]) -> str | None:
     if kind == "start" and event.get("step"):
         return f"going on after step {event['step']}"
     if kind == "checkpoint_refused":
-        return f"{event['path']} is refused: {'; '.join(event['faults'][:3])}; the one before it is taken"
+        return f"{event['path']} is refused: {'; '.join(event['faults'][:3])}; trying the one before it"
     if kind.endswith("_failed") or kind == "checkpoint_not_removed":
         return f"{kind.replace('_', ' ')}: {event.get('cause')}"
     return None

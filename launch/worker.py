@@ -16,6 +16,7 @@ from typing import Any
 
 from cuboid.launch import failures
 from cuboid.parallel.errors import RunFailed
+from cuboid.trainer.check import num_cores
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
 
@@ -93,8 +94,7 @@ def environment(place: Place) -> dict[str, str]:
 
 def threads(local_size: int) -> str:
     """OMP_NUM_THREADS for each of the ranks of this machine, which share its cores; the user's own stands."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // local_size))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // local_size))
 
 
 def free_port() -> int:

@@ -220,6 +220,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_flipped_one(saved: Path) -
     assert inspection.verify(saved / "step-00000002") == []
 
 
+def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(saved: Path) -> None:
+    for folder in (saved / "step-00000001", saved / "step-00000002"):
+        flip(next(folder.glob("*.safetensors")), -1)
+    for _ in range(2):  # the second start finds them renamed already
+        with pytest.raises(CheckpointError, match=r"step-00000001\.refused, step-00000002\.refused\); .*--fresh"):
+            newest(saved)
+
+
 # An enemy signs what he made: his manifest is valid, and what it says is still refused.
 
 

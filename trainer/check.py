@@ -56,7 +56,12 @@ def local_devices(settings: LaunchSettings) -> Devices:
         return Devices("cuda", num_gpus)
     if settings.device == "cuda":
         raise FieldError("launch.device", "cuda", "finds no GPU here that torch can use", "use cpu or auto")
-    return Devices("cpu", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return Devices("cpu", num_cores())
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def runs_elsewhere(settings: LaunchSettings) -> bool:

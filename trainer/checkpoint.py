@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cuboid.parallel.errors import UserError
 from cuboid.trainer import inspection
-from cuboid.trainer.manifest import FACTS, PARTIAL, TENSORS, CheckpointError, read_manifest, steps
+from cuboid.trainer.manifest import FACTS, PARTIAL, TENSORS, CheckpointError, read_manifest, refused, steps
 from cuboid.trainer.publish import clean, discard, publish, retain, set_aside, write_durably, write_json
 from cuboid.trainer.restore import faults_of, read_facts, read_tensors
 from cuboid.trainer.shards import Arena, Written, lay_out, plan_pieces, signature
@@ -262,13 +262,14 @@ class Checkpointer:
 
 
 def newest(folder: Path, *, event: Event | None = None) -> Path | None:
-    """The newest checkpoint of which every byte is right, or None; all ranks call it together and divide the reading.
+    """The newest checkpoint of which every byte is right; all ranks call it together and divide the reading.
 
     One that is not right is renamed to ``step-....refused`` by rank 0 and told by the event ``checkpoint_refused``
-    (path, faults, moved_to), and the one before it is tried.
+    (path, faults, moved_to), and the one before it is tried. None where there never was one.
 
     Raises:
-        UserError: on every rank, where some rank does not see the folder that rank 0 sees.
+        UserError: on every rank, where some rank does not see the folder that rank 0 sees, or where all that is left
+            are refused checkpoints: to begin anew is then for the user to say.
     """
     ranks = Ranks()
     for path in ranks.from_first(list(steps(folder).values())):
@@ -282,6 +283,9 @@ def newest(folder: Path, *, event: Event | None = None) -> Path | None:
             moved = str(set_aside(path))
             if event:
                 event("checkpoint_refused", path=str(path), faults=all_faults, moved_to=moved)
+    if broken := ranks.from_first(refused(folder)):
+        remedy = "put a sound copy in its place under its old name, or begin anew with --fresh"
+        raise CheckpointError(f"no checkpoint in {folder} is whole any more ({', '.join(broken)}); {remedy}")
     return None
 
 

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from cuboid.parallel.errors import FieldError
+from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.corpus import find_corpus
 from cuboid.trainer.recipe import DataSettings
 from cuboid.trainer.tokenizer import Tokenizer
 from cuboid.trainer.tokens import Tokens, prepare_tokens
 
-IGNORED = -100
-"""The label of a token that nothing is predicted from."""
 _ORDER = "feistel-1"
 
 
@@ -107,7 +106,7 @@ class Dataset:
             document = np.searchsorted(self._starts[:-1], index, side="right") - 1
             predicted &= document[:, 1:] == document[:, :-1]
             begin = np.maximum(self._starts[document[:, :-1]], first)
-        labels = np.where(predicted, ids[:, 1:], IGNORED)
+        labels = np.where(predicted, ids[:, 1:], IGNORE)
         arrays = (ids[:, :-1], labels, index[:, :-1] - begin)
         return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 

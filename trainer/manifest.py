@@ -82,6 +82,11 @@ def steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def refused(folder: Path) -> list[str]:
+    """Names of the checkpoints of ``folder`` that were found broken and renamed."""
+    return sorted(path.name for path in Path(folder).glob(f"step-*{REFUSED}*"))
+
+
 def open_file(folder: Path, name: str) -> BufferedReader:
     """Open one file of a checkpoint: a plain file inside the folder, reached through no link.
 

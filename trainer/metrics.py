@@ -15,7 +15,6 @@ from the pipeline's first rank is estimated over the network (`clock_offset`) at
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -34,6 +33,7 @@ from cuboid.parallel.layout import Coordinate
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import ActionTime, Pipeline
 from cuboid.parallel.schedules import ideal_bubble, order, simulate
+from cuboid.trainer.check import num_cores
 
 CLOCK_EVERY = 100
 """Steps between two estimates of the offsets of clocks, which drift by microseconds a second."""
@@ -192,7 +192,7 @@ class BubbleMeter:
         self._group = block.mesh["pipeline"].get_group()
         hosts: list[str] = [""] * layout.world_size
         dist.all_gather_object(hosts, _host())
-        self._contended = block.device.type == "cpu" and max(Counter(hosts).values()) > _num_cores()
+        self._contended = block.device.type == "cpu" and max(Counter(hosts).values()) > num_cores()
         column = {hosts[layout.rank(place._replace(pipeline=rank))] for rank in range(layout.pipeline)}
         self._spans_hosts = len(column) > 1
         self._offset, self._steps = 0.0, 0
@@ -297,7 +297,3 @@ def _host() -> str:
     """The machine whose monotonic clock this process reads, whatever it is called in its container."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else platform.node()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,9 +27,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cuboid.parallel.errors import FieldError
+from cuboid.trainer.manifest import MANIFEST
 from cuboid.trainer.recipe import TrackSettings
 from cuboid.trainer.runlog import RunLog
-from cuboid.trainer.tracking import FINISH_SECONDS, MANIFEST, Backend, Tracker
+from cuboid.trainer.tracking import FINISH_SECONDS, Backend, Tracker
 
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _REACH_SECONDS = 3.0

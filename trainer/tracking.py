@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from cuboid.trainer.manifest import MANIFEST
 from cuboid.trainer.runlog import METRICS, RunLog, read_metrics
 
-MANIFEST = "manifest.json"
 FINISH_SECONDS = 60.0
 """How long the end of a run waits for its tracker."""
 _QUEUE_LENGTH = 10_000
