@@ -38,7 +38,7 @@ models/smollm2/model.safetensors: recipes/prepare_smollm2.py | $(INSTALLED)
 test: install ## a pairwise cover of everything, under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not full" $(ARGS)
 
-test-full: install ## every cell
+test-full: install smollm2 ## every cell
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: install ## ruff, its formatter, and spelling
