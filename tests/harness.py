@@ -6,12 +6,12 @@ import faulthandler
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -20,17 +20,18 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # imported here, once: a fork costs milliseconds, eight imports ten seconds
 
+from cuboid.launch.worker import free_port
+
 torch.set_num_threads(1)
+
+PATIENCE_SECONDS = 10.0
+"""Once a rank has failed, the others have this long to say why they fail too; most meet its closed sockets at once."""
+STACKS_SECONDS = 5.0
+"""For a rank that stood still to write down where; a signal is answered at once, but cores may be busy."""
 
 
 class RanksFailed(AssertionError):
     """Some rank raised, died or stood still; the first failing rank's traceback stands first."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
@@ -70,8 +71,10 @@ def _rank_main(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    with stacks.open("w") as file:
+    begun = stacks.with_suffix(".begun")
+    with begun.open("w") as file:
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+        begun.rename(stacks)  # from now on the signal is answered; before, it would kill this process
         try:
             _send(sender, None, fn(*args))
         except BaseException:
@@ -91,9 +94,7 @@ def _collect(receivers: list[Connection], processes: list[Any], folder: Path, ti
     failures: list[tuple[float, int, str]] = []
     deadline, waiting = time.monotonic() + timeout, dict(enumerate(receivers))
     while waiting:
-        # once a rank has failed, the others only get the time to say why
-        patience = 3.0 if failures else deadline - time.monotonic()
-        ready = wait(list(waiting.values()), timeout=max(0.0, patience))
+        ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             break
         for rank in [rank for rank, receiver in waiting.items() if receiver in ready]:
@@ -104,6 +105,7 @@ def _collect(receivers: list[Connection], processes: list[Any], folder: Path, ti
                 when, failure = time.monotonic(), f"died with exit code {processes[rank].exitcode}"
             if failure:
                 failures.append((when, rank, failure))
+                deadline = min(deadline, time.monotonic() + PATIENCE_SECONDS)
     if failures or waiting:
         raise RanksFailed(_report(failures, sorted(waiting), processes, folder))
     return [results[rank] for rank in range(len(receivers))]
@@ -111,8 +113,22 @@ def _collect(receivers: list[Connection], processes: list[Any], folder: Path, ti
 
 def _report(failures: list[tuple[float, int, str]], waiting: list[int], processes: list[Any], folder: Path) -> str:
     lines = [f"rank {rank} failed:\n{text}" for _, rank, text in sorted(failures)]
+    files = {rank: folder / f"rank-{rank}.txt" for rank in waiting}
     for rank in waiting:
-        os.kill(processes[rank].pid, signal.SIGUSR2)
-    time.sleep(0.5 if waiting else 0)
-    lines += [f"rank {rank} stood here:\n{(folder / f'rank-{rank}.txt').read_text()}" for rank in waiting]
+        if files[rank].exists():
+            with suppress(ProcessLookupError):  # it may end just now
+                os.kill(processes[rank].pid, signal.SIGUSR2)
+    deadline = time.monotonic() + STACKS_SECONDS
+    lines += [f"rank {rank} stood here:\n{_stacks(file, deadline)}" for rank, file in files.items()]
     return "\n".join(lines)
+
+
+def _stacks(file: Path, deadline: float) -> str:
+    """What a rank writes into ``file``: all of it, once it has stopped to grow."""
+    if not file.exists():
+        return "it had not begun"
+    size = -1
+    while time.monotonic() < deadline and (size <= 0 or file.stat().st_size > size):
+        size = file.stat().st_size
+        time.sleep(0.1)
+    return file.read_text()

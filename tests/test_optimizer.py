@@ -24,9 +24,18 @@ def test_warmup_rises_to_the_peak_and_the_last_step_has_the_smallest_rate(schedu
     assert sorted(rates[3:], reverse=True) == rates[3:]
 
 
-def test_cosine_is_half_way_in_the_middle() -> None:
-    # 4 warmup steps, 6 of the course: its middle is step 7
-    assert course("cosine", warmup_steps=4)[6] == pytest.approx(0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi / 2)))
+@pytest.mark.parametrize(
+    ("schedule", "shapes"),
+    [
+        ("linear", {2: 0.75, 4: 0.5, 6: 0.25}),
+        # (1 + cos(pi progress)) / 2, of which the middle alone is linear's
+        ("cosine", {2: 0.5 + 0.5 * math.sqrt(0.5), 4: 0.5, 6: 0.5 - 0.5 * math.sqrt(0.5)}),
+    ],
+)
+def test_the_course_goes_down_as_its_name_says(schedule: str, shapes: dict[int, float]) -> None:
+    rates = course(schedule, warmup_steps=2)  # 8 steps of the course, so that 2 are a quarter
+    for done, shape in shapes.items():
+        assert rates[2 + done - 1] == pytest.approx(0.1 + 0.9 * shape, rel=1e-12), done
 
 
 def test_constant_stays_at_the_peak() -> None:
