@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def train(name: str, overrides: Sequence[str], *, resume: bool | None) -> int:
         if code == 0:
             print("\n".join(closing_lines(recipe, folder)))
         elif code in STOPPED.values():
-            print(f"go on with: {shlex.join(['cuboid', 'train', name, *overrides])}")
+            print(f"go on with: {this_command()} {shlex.join(['train', name, *overrides])}")
     return code
 
 
@@ -62,8 +64,19 @@ def closing_lines(recipe: Recipe, folder: Path) -> list[str]:
     }
     if newest:
         target = shlex.join(["--out", f"{recipe.name}-hf"])
-        places["next"] = f"cuboid export {shlex.quote(shown(folder))} --to hf {target}"
+        places["next"] = f"{this_command()} export {shlex.quote(shown(folder))} --to hf {target}"
     return [f"{what:<12}{where}" for what, where in places.items() if where]
+
+
+def this_command() -> str:
+    """The running command in words that work when they are typed again: its path, unless the bare name finds it."""
+    script, found = Path(sys.argv[0]), shutil.which("cuboid")
+    if script.name != "cuboid":  # python -m
+        return f"{shlex.quote(shown(Path(sys.executable)))} -m cuboid.launch.cli"
+    if found and os.path.realpath(found) == os.path.realpath(script):
+        return "cuboid"
+    path = shown(script)
+    return shlex.quote(path if os.sep in path else os.path.join(os.curdir, path))
 
 
 def checked_recipe(name: str, overrides: Sequence[str]) -> Recipe:

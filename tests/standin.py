@@ -6,29 +6,35 @@ As a program it is a driver: ``python standin.py LAUNCHER FOLDER RANKS STEPS [mi
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from cuboid.launch import failures
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.runlog import RunLog
+from cuboid.trainer.runlog import RunLog, read_events, read_metrics
 
 MISCHIEF = "mischief.json"
-"""{"step": 5, "rank": 1, "does": "user" | "run" | "error" | "kill" | "slow", "times": 2}; times counts the attempts."""
+"""{"step": 5, "rank": 1, "does": "user" | "run" | "error" | "kill", "times": 2}; times counts the attempts.
+{"does": "slow", "seconds": 0.2}: every step of every rank."""
 
 
-def recipe(*, name="standin", ranks=3, tensor=1, steps=12, launcher="local", max_failures=10, every=4) -> Recipe:
+def recipe(*, ranks: int = 3, steps: int = 12, launcher: str = "local", **launch: int) -> Recipe:
     return Recipe.model_validate(
         {
-            "name": name,
+            "name": "standin",
             "model": {"config": {"model_type": "llama"}},
             "data": {"kind": "text", "path": "none", "sequence_length": 8},
-            "parallel": {"data": ranks // tensor, "tensor": tensor},
+            "parallel": {"data": ranks},
             "train": {"steps": steps, "global_batch": ranks},
-            "checkpoint": {"every": every},
-            "launch": {"launcher": launcher, "max_failures": max_failures, "timeout_seconds": 60, "device": "cpu"},
+            "checkpoint": {"every": 4},
+            "launch": {"launcher": launcher, "timeout_seconds": 60, "device": "cpu", **launch},
         }
     )
 
@@ -77,7 +83,7 @@ def misbehave(folder: Path, rank: int, step: int) -> None:
     except FileNotFoundError:
         return
     if plan["does"] == "slow":
-        time.sleep(0.2)
+        time.sleep(plan["seconds"])
         return
     if (rank, step) != (plan["rank"], plan["step"]) or len(list(folder.glob("mischief-*"))) >= plan.get("times", 1):
         return
@@ -100,14 +106,92 @@ def plan_mischief(folder: Path, **plan) -> None:
 
 def ranks_of(folder: Path) -> dict[int, int]:
     """rank -> pid, as the newest start event tells."""
-    events = [event for event in read_all(folder) if event["kind"] == "start"]
-    return {int(rank): place["pid"] for rank, place in events[-1]["ranks"].items()} if events else {}
+    starts = events(folder, "start")
+    return {int(rank): place["pid"] for rank, place in starts[-1]["ranks"].items()} if starts else {}
 
 
-def read_all(folder: Path) -> list[dict]:
-    from cuboid.trainer.runlog import read_events
+def events(folder: Path, kind: str) -> list[dict]:
+    return [event for event in read_events(folder) if event["kind"] == kind]
 
-    return read_events(folder)
+
+@contextmanager
+def driven(launcher: str, folder: Path, *, steps: int = 2000, ranks: int = 2) -> Iterator[subprocess.Popen]:
+    """A driver of the stand-in: see `command`."""
+    with command([sys.executable, __file__, launcher, str(folder), str(ranks), str(steps)], folder) as driver:
+        yield driver
+
+
+@contextmanager
+def command(words: list[str], folder: Path, *, stdout: int = subprocess.PIPE) -> Iterator[subprocess.Popen]:
+    """A command of its own session, as a terminal makes it, that runs in ``folder``; nothing of it is left behind."""
+    driver = subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    processes: set[psutil.Process] = set()
+    try:
+        yield driver
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            processes |= family(driver)
+        for session in {_session(pid) for pid in worker_pids(folder)} - {None}:
+            processes |= members({session})
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        driver.kill()
+        driver.communicate(timeout=30)
+
+
+def family(driver: subprocess.Popen) -> set[psutil.Process]:
+    """What lives of a driver's session and of those of its children, also what others have adopted since."""
+    return members({driver.pid, *(_session(child.pid) for child in psutil.Process(driver.pid).children())})
+
+
+def members(sessions: set[int | None]) -> set[psutil.Process]:
+    return {process for process in psutil.process_iter() if _session(process.pid) in sessions}
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def worker_pids(folder: Path) -> list[int]:
+    """Of every attempt, as the launcher told them."""
+    return [place["pid"] for event in events(folder, "workers") for place in event["ranks"].values()]
+
+
+def wait_until(holds: Callable[[], object], driver: subprocess.Popen, *, seconds: float = 60) -> None:
+    """Return once ``holds()`` while the driver lives."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert driver.poll() is None, driver.communicate()
+        assert time.monotonic() < deadline, "nothing came of it"
+        time.sleep(0.02)
+
+
+def wait_for_step(driver: subprocess.Popen, folder: Path, step: int, *, seconds: float = 60) -> set[psutil.Process]:
+    """The driver's family once a step is done: all ranks are in it."""
+    wait_until(lambda: len(read_metrics(folder)) >= step, driver, seconds=seconds)
+    found, ranks = family(driver), set(ranks_of(folder).values())
+    assert ranks
+    assert ranks <= {process.pid for process in found}
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until_gone(processes: Iterable[psutil.Process], seconds: float = 30) -> None:
+    """Long on a machine with other work; a process that is left behind stays for good."""
+    deadline = time.monotonic() + seconds
+    while left := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.05)
 
 
 def main() -> int:

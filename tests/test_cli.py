@@ -2,19 +2,26 @@
 
 import json
 import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import standin
 import transformers  # noqa: F401  (its log handler keeps the stream that it finds first; not the runner's)
+from harness import run_ranks
 from typer.testing import CliRunner
 
-from cuboid.launch import cli
+from cuboid.launch import cli, failures, training
 from cuboid.launch.run_folder import open_run_folder
 from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer.loop import train
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_file import load_recipe
+from cuboid.trainer.runlog import read_metrics
 
 MINI = """\
 # cuboid train mini.yaml
@@ -52,6 +59,13 @@ def cuboid(*arguments):
     return done.exit_code, done.stdout, done.stderr
 
 
+def process(*arguments, kilobytes="unlimited"):
+    """A command in a process of its own, whose files may have so many kilobytes."""
+    limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash"]
+    words = [*limited, sys.executable, "-m", "cuboid.launch.cli", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
 def test_help_answers_in_a_blink():
     heavy = {"torch", "ray", "transformers", "pydantic", "numpy", "yaml", "cuboid.trainer.recipe"}
     code = (
@@ -74,7 +88,9 @@ def test_help_answers_in_a_blink():
 def test_version_tells_the_revision():
     code, out, _ = cuboid("--version")
     assert code == 0
-    assert re.fullmatch(r"cuboid \d+\.\d+\.\d+(\+g[0-9a-f]{7,}(\.dirty)?)?\n", out)
+    git = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    assert re.fullmatch(rf"cuboid \d+\.\d+\.\d+\+g{revision}(\.dirty)?\n", out)
 
 
 def test_schema_is_json():
@@ -102,19 +118,28 @@ def test_schema_is_json():
         (["train", "mini.yaml", "runs=text.txt"], "runs=text.txt cannot be written"),
         (["train", "mini.yaml", "--resume"], "there is nothing to resume"),
         (["checkpoint", "list", "."], "holds no checkpoint"),
-        (["checkpoint", "inspect", "text.txt"], "text.txt"),
-        (["checkpoint", "verify", "nowhere"], "nowhere"),
-        (["export", "nowhere", "--out", "x"], "nowhere"),
+        (["checkpoint", "inspect", "text.txt"], "text.txt is a file; a checkpoint is a folder with manifest.json"),
+        (["checkpoint", "verify", "nowhere"], "nowhere does not exist"),
+        (["checkpoint", "verify", "model.pt"], "model.pt is a pickle (torch.save), which can run code when read;"),
+        (["export", "nowhere", "--out", "x"], "nowhere does not exist"),
     ],
 )  # fmt: skip
-def test_mistakes_end_with_2_and_in_words(arguments, words):
+def test_mistakes_end_with_2_and_in_words(tmp_path, arguments, words):
+    (tmp_path / "model.pt").write_bytes(pickle.dumps({"weight": 1}))
     code, out, err = cuboid(*arguments)
     assert code == 2, out + err
     assert words in re.sub(r"[\s│]+", " ", err), err
     assert "Traceback" not in out + err
 
 
-def test_exit_codes_of_what_goes_wrong(monkeypatch):
+def test_a_mistake_that_a_rank_finds_ends_with_2_too(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    done = process("train", "mini.yaml", "data.path=empty.txt")
+    words = "cuboid: data.path=empty.txt has no usable document: all are empty; give some text\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", words)
+
+
+def test_exit_codes_of_what_goes_wrong():
     for error, code in ((UserError("a\nb"), 2), (RunFailed("lost"), 1), (KeyboardInterrupt(), 130)):
         with pytest.raises(cli.typer.Exit) as caught, cli.told():
             raise error
@@ -155,25 +180,89 @@ def test_a_run_folder_is_held_moved_and_compared(tmp_path):
         open_run_folder(load_recipe("mini.yaml", ["name=theirs"]), "auto").__enter__()
 
 
+def test_the_command_is_told_as_it_can_be_typed_again(tmp_path, monkeypatch):
+    script = tmp_path / "my env/bin/cuboid"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert training.this_command() == "'my env/bin/cuboid'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert training.this_command() == "cuboid"
+    monkeypatch.chdir(script.parent)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", ["./cuboid"])
+    assert training.this_command() == "./cuboid"
+    (tmp_path / "cuboid").touch(mode=0o755)  # of another environment
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert training.this_command() == "./cuboid"
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.full)])
+def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path, launcher):
+    """Ends as a run that nobody disturbed, to the last bit; and the commands that it prints do what they say."""
+    stages = ["parallel.pipeline=2", "parallel.microbatches=2", "train.steps=120", "checkpoint.every=4"]
+    calm = load_recipe("mini.yaml", ["name=calm", *stages])
+    with open_run_folder(calm, "auto") as folder:
+        assert run_ranks(train, 2, calm, folder) == [None, None]
+    losses = [record["loss"] for record in read_metrics(folder)]
+
+    folder, script = tmp_path / "runs/mini", Path(sys.executable).with_name("cuboid")
+    words = [str(script), "train", "mini.yaml", *stages, "--launcher", launcher, "--fresh"]
+    with standin.command(words, folder) as driver:
+        standin.wait_until(lambda: failures.newest_step(folder) >= 4, driver, seconds=150)
+        os.kill(standin.ranks_of(folder)[1], signal.SIGKILL)
+        standin.wait_until(lambda: len(standin.events(folder, "start")) == 2, driver, seconds=150)
+        again = standin.events(folder, "start")[1]["step"]
+        standin.wait_until(lambda: read_metrics(folder)[-1]["step"] > again, driver)
+        os.kill(driver.pid, signal.SIGINT)
+        out, err = driver.communicate(timeout=60)
+    stopped = read_metrics(folder)[-1]["step"]
+    assert (driver.returncode, err) == (130, f"cuboid: stopped after step {stopped} of 120\n")
+    assert 4 <= again < stopped == failures.newest_step(folder)
+    lines = out.splitlines()
+    assert f"going on after step {again}" in lines
+    told = [(int(step), loss) for step, loss in re.findall(r"^step (\d+)/120  loss (\S+)  .* tokens/s ", out, re.M)]
+    assert told
+    assert all(loss == f"{losses[step - 1]:.4f}" for step, loss in told)
+    assert {step for step, _ in told} == set(range(1, stopped + 1))
+
+    overrides = [*stages, f"launch.launcher={launcher}"]
+    assert lines[-1] == f"go on with: {script} train mini.yaml {' '.join(overrides)}"
+    done = subprocess.run(["bash", "-c", lines[-1].partition(": ")[2]], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"going on after step {stopped}" in done.stdout
+    assert [record["loss"] for record in read_metrics(folder)] == losses
+    following = re.findall(r"^next +(.*)$", done.stdout, re.M)
+    assert following == [f"{script} export runs/mini --to hf --out mini-hf"]
+    subprocess.run(["bash", "-c", following[0]], check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "mini-hf/model.safetensors").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_at_once_and_ends_the_run(tmp_path):
+    """On a disk that takes small files only: logs, but no tensors."""
+    done = process("train", "mini.yaml", kilobytes=100)
+    assert done.returncode == 1
+    told = [line for line in done.stdout.splitlines() if not line.startswith("step ")]
+    assert told == ["checkpoint failed: shard-00000-00000.safetensors: File too large"] * 2
+    assert "step 3 could not be saved (rank 0: shard-00000-00000.safetensors: File too large)" in done.stderr
+    assert not list((tmp_path / "runs/mini/checkpoints").glob("step-*"))
+
+
 def test_a_run_from_the_command_to_its_end(tmp_path):
     """Trains, ends with the places of its results, goes on, and does not begin anew by accident."""
 
     def steps():
         return [json.loads(line)["step"] for line in (tmp_path / "runs/mini/metrics.jsonl").read_text().splitlines()]
 
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "cuboid.launch.cli", "train", "mini.yaml", *arguments],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-
-    done = command()
+    done = process("train", "mini.yaml")
     assert done.returncode == 0, done.stderr
     ending = done.stdout.splitlines()[-3:]
     assert ending == [
         "metrics     runs/mini/metrics.jsonl",
         "checkpoint  runs/mini/checkpoints/step-00000003",
-        "next        cuboid export runs/mini --to hf --out mini-hf",
+        f"next        {sys.executable} -m cuboid.launch.cli export runs/mini --to hf --out mini-hf",
     ]
     assert steps() == [1, 2, 3]
     code, out, _ = cuboid("train", "mini.yaml")
@@ -184,7 +273,7 @@ def test_a_run_from_the_command_to_its_end(tmp_path):
     assert "data.sequence_length=32 differs from the run's 16; set data.sequence_length=16" in err
     assert "seed=5 differs from the run's 1234; set seed=1234" in err
     assert "parallel" not in err
-    done = command("train.steps=5", "--resume")
+    done = process("train", "mini.yaml", "train.steps=5", "--resume")
     assert done.returncode == 0, done.stderr
     assert "going on after step 3" in done.stdout
     assert steps() == [1, 2, 3, 4, 5]

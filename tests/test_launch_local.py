@@ -1,13 +1,14 @@
 """The local launcher with real processes: restarts, causes, signals, and nobody left behind."""
 
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import standin
 import torch.distributed  # noqa: F401  imported before the ranks are forked
@@ -24,26 +25,6 @@ def launch(folder: Path, **settings) -> int:
     return local.launch(standin.recipe(**settings), folder, train=standin.train)
 
 
-def events(folder: Path, kind: str) -> list[dict]:
-    return [event for event in standin.read_all(folder) if event["kind"] == kind]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def session_pids(folder: Path) -> list[int]:
-    return [place["pid"] for event in events(folder, "workers") for place in event["ranks"].values()]
-
-
 def last_line(capfd) -> str:
     return capfd.readouterr().err.strip().splitlines()[-1]
 
@@ -57,16 +38,18 @@ def test_a_run_goes_to_its_end(tmp_path, capfd):
     phases = start_phases(tmp_path)
     assert list(phases) == ["driver", "imports", "workers", "groups", "model", "first step"]
     assert all(seconds >= 0 for seconds in phases.values())
-    assert not any(map(is_alive, session_pids(tmp_path)))
+    ranks = standin.worker_pids(tmp_path)
+    assert len(ranks) == 3
+    assert not any(map(psutil.pid_exists, ranks))
 
 
 def test_a_killed_rank_restarts_the_group_from_the_newest_checkpoint(tmp_path, capfd):
     standin.plan_mischief(tmp_path, does="kill", rank=1, step=7)
     assert launch(tmp_path) == 0
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 13))
-    (failure,) = events(tmp_path, "failure")
+    (failure,) = standin.events(tmp_path, "failure")
     assert (failure["rank"], failure["step"], failure["cause"]) == (1, 7, "was killed by SIGKILL")
-    assert [event["step"] for event in events(tmp_path, "start")] == [0, 4]
+    assert [event["step"] for event in standin.events(tmp_path, "start")] == [0, 4]
     out = capfd.readouterr().out
     assert "rank 1 was killed by SIGKILL in step 7; starting again (failure 1 of at most 10)" in out
     assert "going on after step 4" in out
@@ -82,14 +65,14 @@ def test_a_killed_rank_restarts_the_group_from_the_newest_checkpoint(tmp_path, c
 def test_what_cannot_go_better_next_time_is_not_tried_again(tmp_path, capfd, does, code, words):
     standin.plan_mischief(tmp_path, does=does, rank=2, step=6)
     assert launch(tmp_path) == code
-    assert len(events(tmp_path, "workers")) == 1
+    assert len(standin.events(tmp_path, "workers")) == 1
     assert last_line(capfd).startswith(words)
 
 
 def test_three_failures_without_a_newer_checkpoint_end_the_run(tmp_path, capfd):
     standin.plan_mischief(tmp_path, does="error", rank=2, step=6, times=9)
     assert launch(tmp_path) == 1
-    assert len(events(tmp_path, "workers")) == 3
+    assert len(standin.events(tmp_path, "workers")) == 3
     line = last_line(capfd)
     assert (
         "given up after 3 failures without a newer checkpoint: rank 2 failed in step 6: ValueError: the fifth" in line
@@ -120,7 +103,7 @@ def test_a_rank_that_says_nothing_is_named_beside_the_echoes(tmp_path):
     for rank in (0, 2):
         failures.record(tmp_path, rank, RuntimeError("Timed out waiting 25000ms for send operation to complete"))
     assert judge.verdict([]) is None
-    (failure,) = events(tmp_path, "failure")
+    (failure,) = standin.events(tmp_path, "failure")
     assert failure["cause"].endswith("send operation to complete (no word from rank 1)")
 
 
@@ -131,7 +114,7 @@ def test_a_port_that_was_taken_meanwhile_costs_one_start(tmp_path, monkeypatch):
         ports = iter([other.getsockname()[1], worker.free_port()])
         monkeypatch.setattr(worker, "free_port", lambda: next(ports))
         assert launch(tmp_path) == 0
-    (failure,) = events(tmp_path, "failure")
+    (failure,) = standin.events(tmp_path, "failure")
     assert (failure["rank"], "EADDRINUSE" in failure["cause"]) == (0, True)
 
 
@@ -153,28 +136,8 @@ def test_the_first_cause_is_told_apart_from_its_echoes():
     assert failures.root_cause([echo, late, early]) is early
 
 
-def start_driver(folder: Path, *, steps: int = 2000, wait_for_step: int = 3, launcher: str = "local"):
-    """A driver in a process group of its own, as a terminal makes it, that has done some steps."""
-    driver = subprocess.Popen(
-        [sys.executable, standin.__file__, launcher, str(folder), "2", str(steps)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while len(read_metrics(folder)) < wait_for_step:
-        assert driver.poll() is None, driver.communicate()
-        assert time.monotonic() < deadline, "no step"
-        time.sleep(0.05)
-    return driver
-
-
-def wait_until_gone(pids: list[int], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while left := [pid for pid in pids if is_alive(pid)]:
-        assert time.monotonic() < deadline, f"left behind: {left}"
-        time.sleep(0.05)
+def launcher_of(folder: Path) -> int:
+    return psutil.Process(standin.ranks_of(folder)[0]).ppid()
 
 
 @pytest.mark.parametrize(
@@ -186,43 +149,86 @@ def wait_until_gone(pids: list[int], seconds: float = 5) -> None:
     ],
 )
 def test_a_stop_signal_ends_the_run_after_a_checkpoint(tmp_path, number, code, everybody):
-    driver = start_driver(tmp_path)
-    launcher = parent(standin.ranks_of(tmp_path)[0])
-    for pid in [*session_pids(tmp_path), launcher] if everybody else []:
-        os.kill(pid, number)
-    os.killpg(driver.pid, number)
-    _, err = driver.communicate(timeout=30)
-    last = read_metrics(tmp_path)[-1]["step"]
-    assert driver.returncode == code
-    assert failures.newest_step(tmp_path) == last
-    assert err.splitlines()[-1].startswith(f"cuboid: stopped after step {last} of 2000")
-    assert not (tmp_path / "stop").exists()
-    wait_until_gone(session_pids(tmp_path))
+    with standin.driven("local", tmp_path) as driver:
+        processes = standin.wait_for_step(driver, tmp_path, 3)
+        for process in processes if everybody else [psutil.Process(driver.pid)]:
+            process.send_signal(number)
+        _, err = driver.communicate(timeout=30)
+        last = read_metrics(tmp_path)[-1]["step"]
+        assert driver.returncode == code
+        assert failures.newest_step(tmp_path) == last
+        assert err.splitlines()[-1].startswith(f"cuboid: stopped after step {last} of 2000")
+        assert not (tmp_path / "stop").exists()
+        standin.wait_until_gone(processes)
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path):
+    standin.plan_mischief(tmp_path, does="slow", seconds=60)
+    with standin.driven("local", tmp_path) as driver:
+        standin.wait_until(lambda: standin.ranks_of(tmp_path), driver)
+        processes = standin.family(driver)
+        assert len(processes) >= 4
+        os.killpg(driver.pid, signal.SIGINT)
+        _, err = driver.communicate(timeout=30)
+        assert (driver.returncode, err) == (130, "cuboid: stopped at once\n")
+        assert failures.newest_step(tmp_path) == -1
+        standin.wait_until_gone(processes)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    driver = start_driver(tmp_path)
-    victim = standin.ranks_of(tmp_path)[1]
-    os.kill(victim, signal.SIGSTOP)  # the step's edge never comes
-    os.kill(driver.pid, signal.SIGINT)
-    time.sleep(0.5)
-    assert driver.poll() is None
-    os.kill(driver.pid, signal.SIGINT)
-    driver.communicate(timeout=10)
-    assert driver.returncode == 130
-    wait_until_gone(session_pids(tmp_path))
+    with standin.driven("local", tmp_path) as driver:
+        processes = standin.wait_for_step(driver, tmp_path, 3)
+        os.kill(standin.ranks_of(tmp_path)[1], signal.SIGSTOP)  # the step's edge never comes
+        os.kill(driver.pid, signal.SIGINT)
+        standin.wait_until((tmp_path / "stop").exists, driver)
+        time.sleep(0.5)
+        assert driver.poll() is None
+        os.kill(driver.pid, signal.SIGINT)
+        driver.communicate(timeout=30)
+        assert driver.returncode == 130
+        standin.wait_until_gone(processes)
 
 
 def test_no_rank_outlives_a_killed_driver(tmp_path):
-    driver = start_driver(tmp_path)
-    driver.kill()
-    driver.communicate(timeout=10)
-    wait_until_gone(session_pids(tmp_path))
+    with standin.driven("local", tmp_path) as driver:
+        processes = standin.wait_for_step(driver, tmp_path, 3)
+        driver.kill()
+        driver.communicate(timeout=30)
+        standin.wait_until_gone(processes)
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path):
-    driver = start_driver(tmp_path)
-    os.kill(parent(standin.ranks_of(tmp_path)[0]), signal.SIGKILL)
-    _, err = driver.communicate(timeout=10)
-    assert (driver.returncode, "the launcher's own process died (exit code -9" in err) == (1, True)
-    wait_until_gone(session_pids(tmp_path))
+    with standin.driven("local", tmp_path) as driver:
+        processes = standin.wait_for_step(driver, tmp_path, 3)
+        os.kill(launcher_of(tmp_path), signal.SIGKILL)
+        _, err = driver.communicate(timeout=30)
+        assert (driver.returncode, "the launcher's own process died (exit code -9" in err) == (1, True)
+        standin.wait_until_gone(processes)
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    """Drawn anew in its place, with the newest loss, and gone at the end."""
+    screen, terminal = os.openpty()
+    standin.plan_mischief(tmp_path, does="slow", seconds=0.2)
+    command = ["env", "TERM=xterm", "COLUMNS=120", sys.executable, standin.__file__, "local", str(tmp_path), "2", "8"]
+    with standin.command(command, tmp_path, stdout=terminal) as driver:
+        os.close(terminal)
+        seen = b"".join(iter(lambda: read_screen(screen), b"")).decode()
+        _, err = driver.communicate(timeout=30)
+    os.close(screen)
+    assert (driver.returncode, err) == (0, "")
+    frames = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen).replace("\r", "\n")
+    assert re.search(r"^step ━+ 0/8 starting", frames, re.MULTILINE)
+    steps = re.findall(r"^step [━╸╺]+ ([2-7])/8 loss (\d\.\d{4})  1,000 tokens/s  bubble 25%  eta 0:00:0", frames, re.M)
+    assert steps
+    assert all(loss == f"{1 / int(step):.4f}" for step, loss in steps)
+    assert not re.search(r"step \d/8", frames)  # no plain lines beside it
+    assert frames.rstrip().splitlines()[-1] == "done: 8 steps, loss 1 -> 0.125"
+
+
+def read_screen(screen: int) -> bytes:
+    """What a terminal shows next; nothing once its programs are gone."""
+    try:
+        return os.read(screen, 1 << 16)
+    except OSError:  # EIO, the way in which Linux ends a terminal
+        return b""

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+from collections.abc import Iterable
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -21,108 +19,80 @@ from cuboid.trainer.runlog import read_metrics
 pytestmark = pytest.mark.timeout(240)
 
 
-def start(folder: Path, *, steps: int, ranks: int = 2) -> subprocess.Popen:
-    """The command of its own, since Ray's switches are read where it is imported first."""
-    return subprocess.Popen(
-        [sys.executable, standin.__file__, "ray", str(folder), str(ranks), str(steps)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_step(driver: subprocess.Popen, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 180
-    while len(read_metrics(folder)) < step:
-        assert driver.poll() is None, driver.communicate()
-        assert time.monotonic() < deadline, "no step"
-        time.sleep(0.1)
-
-
-def family(driver: subprocess.Popen) -> list[psutil.Process]:
-    return psutil.Process(driver.pid).children(recursive=True)
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-
-
-def events(folder: Path, kind: str) -> list[dict]:
-    return [event for event in standin.read_all(folder) if event["kind"] == kind]
+def listening(processes: Iterable[psutil.Process]) -> set[str]:
+    """Addresses on which Ray's own processes wait for others; the ranks' are gloo's."""
+    found = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if not process.name().startswith("ray::RayTrainWo"):
+                connections = process.net_connections("inet")
+                found |= {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+    return found
 
 
 def test_a_killed_rank_restarts_the_group_and_the_run_goes_to_its_end(tmp_path):
-    standin.plan_mischief(tmp_path, does="slow")
-    driver = start(tmp_path, steps=20)
-    wait_for_step(driver, tmp_path, 6)
-    processes = family(driver)
-    ray_ports = {
-        connection.laddr.ip
-        for process in processes
-        if process.is_running() and not process.name().startswith("ray::RayTrainWo")
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert ray_ports <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    os.kill(standin.ranks_of(tmp_path)[1], signal.SIGKILL)
-    processes += family(driver)
-    out, err = driver.communicate(timeout=180)
+    standin.plan_mischief(tmp_path, does="slow", seconds=0.2)
+    with standin.driven("ray", tmp_path, steps=20) as driver:
+        processes = standin.wait_for_step(driver, tmp_path, 6, seconds=180)
+        addresses = listening(processes)
+        assert addresses
+        assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        os.kill(standin.ranks_of(tmp_path)[1], signal.SIGKILL)
+        standin.wait_until(lambda: len(standin.events(tmp_path, "start")) == 2, driver, seconds=120)
+        processes |= standin.family(driver)
+        out, err = driver.communicate(timeout=180)
 
-    assert (driver.returncode, err) == (0, "")
-    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 21))
-    (failure,) = events(tmp_path, "failure")
-    assert (failure["rank"], failure["restart"]) == (1, True)
-    assert f"rank 1 was killed, most likely by SIGKILL, in step {failure['step']}; starting again" in out
-    assert "going on after step 4" in out or "going on after step 8" in out
-    assert out.splitlines()[-1].startswith("done: 20 steps")
-    assert list(start_phases(tmp_path))[:4] == ["driver", "cluster", "workers", "imports"]
-    assert not (tmp_path / ".ray").exists()
-    assert_gone(processes)
+        assert (driver.returncode, err) == (0, "")
+        assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 21))
+        (failure,) = standin.events(tmp_path, "failure")
+        assert (failure["rank"], failure["restart"]) == (1, True)
+        assert f"rank 1 was killed, most likely by SIGKILL, in step {failure['step']}; starting again" in out
+        assert "going on after step 4" in out or "going on after step 8" in out
+        assert out.splitlines()[-1].startswith("done: 20 steps")
+        assert list(start_phases(tmp_path))[:4] == ["driver", "cluster", "workers", "imports"]
+        assert not (tmp_path / ".ray").exists()
+        standin.wait_until_gone(processes)
 
 
 def test_a_users_mistake_is_told_once_and_last(tmp_path):
     standin.plan_mischief(tmp_path, does="user", rank=1, step=3)
-    driver = start(tmp_path, steps=20)
-    _, err = driver.communicate(timeout=200)
+    with standin.driven("ray", tmp_path, steps=20) as driver:
+        _, err = driver.communicate(timeout=200)
     assert (driver.returncode, err) == (2, "cuboid: data.path=nowhere does not exist; use a file\n")
-    assert len(events(tmp_path, "workers")) == 1
+    assert len(standin.events(tmp_path, "workers")) == 1
 
 
 @pytest.mark.full
 def test_three_failures_without_a_newer_checkpoint_end_the_run(tmp_path):
     standin.plan_mischief(tmp_path, does="error", rank=1, step=6, times=9)
-    driver = start(tmp_path, steps=20)
-    _, err = driver.communicate(timeout=220)
+    with standin.driven("ray", tmp_path, steps=20) as driver:
+        _, err = driver.communicate(timeout=220)
     words = (
         "cuboid: given up after 3 failures without a newer checkpoint: rank 1 failed in step 6: ValueError: the fifth"
     )
     assert driver.returncode == 1
     assert err.startswith(words)
-    assert len(events(tmp_path, "workers")) == 3
+    assert len(standin.events(tmp_path, "workers")) == 3
 
 
 @pytest.mark.full
 def test_ctrl_c_ends_the_run_after_a_checkpoint(tmp_path):
-    driver = start(tmp_path, steps=5000)
-    wait_for_step(driver, tmp_path, 3)
-    processes = family(driver)
-    os.killpg(driver.pid, signal.SIGINT)
-    driver.communicate(timeout=60)
-    assert driver.returncode == 130
-    assert failures.newest_step(tmp_path) == read_metrics(tmp_path)[-1]["step"]
-    assert_gone(processes)
+    with standin.driven("ray", tmp_path, steps=5000) as driver:
+        processes = standin.wait_for_step(driver, tmp_path, 3, seconds=180)
+        os.killpg(driver.pid, signal.SIGINT)
+        driver.communicate(timeout=60)
+        assert driver.returncode == 130
+        assert failures.newest_step(tmp_path) == read_metrics(tmp_path)[-1]["step"]
+        standin.wait_until_gone(processes)
 
 
 @pytest.mark.full
 def test_nothing_outlives_a_killed_driver(tmp_path):
-    driver = start(tmp_path, steps=5000)
-    wait_for_step(driver, tmp_path, 3)
-    processes = family(driver)
-    driver.kill()
-    driver.communicate(timeout=10)
-    assert_gone(processes)
+    with standin.driven("ray", tmp_path, steps=5000) as driver:
+        processes = standin.wait_for_step(driver, tmp_path, 3, seconds=180)
+        driver.kill()
+        driver.communicate(timeout=10)
+        standin.wait_until_gone(processes)
 
 
 @pytest.mark.parametrize(
