@@ -1,8 +1,15 @@
-"""Tensors over a block of ranks whose every bit follows from their names: what the checkpoint tests save and expect."""
+"""Tensors over a block of ranks whose every bit follows from their names: what the checkpoint tests save and expect.
+
+And what happens to them: a flipped bit, a kill at any file operation.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +23,8 @@ from cuboid.parallel.gradients import local
 from cuboid.parallel.layout import Layout
 from cuboid.parallel.mesh import Block
 from cuboid.trainer.checkpoint import Checkpointer
+from cuboid.trainer.manifest import MANIFEST, FileRecord, Manifest, encode_manifest
+from cuboid.trainer.publish import write_json
 from cuboid.trainer.weights import owned_slices
 
 NUM_LAYERS = 6
@@ -27,6 +36,14 @@ for layer in range(NUM_LAYERS):
         f"layers.{layer}.norm": (3,),  # fewer elements than 4 data ranks
     }
 PARTS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+
+Events = list[tuple[str, dict[str, Any]]]
+"""What a checkpointer told: (kind, fields)."""
+
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"}
+"""Audit events of Python; the first argument is the path, or a folder's descriptor."""
+_FOLDER_OF = {"os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1}
+"""Which argument is the descriptor of the folder that the path is relative to; -1 where it is relative to none."""
 
 
 def value(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,14 +86,68 @@ def differing(tensors: dict[str, Tensor], *, generation: int = 0) -> list[str]:
     ]
 
 
-def save(folder: Path, tensors: dict[str, Tensor], *steps: int, **settings: Any) -> list[tuple[str, dict[str, Any]]]:
+def listener() -> tuple[Events, Callable[..., None]]:
+    """A list, and an event callback that appends to it."""
+    events: Events = []
+    return events, lambda kind, **fields: events.append((kind, fields))
+
+
+def save(folder: Path, tensors: dict[str, Tensor], *steps: int, **settings: Any) -> Events:
     """Save generation n of the tensors as step n; the events."""
-    events: list[tuple[str, dict[str, Any]]] = []
+    events, listen = listener()
     options: dict[str, Any] = {"keep": 9, "asynchronous": False} | settings
-    with Checkpointer(folder, event=lambda kind, **fields: events.append((kind, fields)), **options) as checkpointer:
+    with Checkpointer(folder, event=listen, **options) as checkpointer:
         for step in steps:
             checkpointer.save(step, fill(tensors, generation=step), {"run_id": "abc", "generation": step})
     return events
+
+
+def flip(path: Path, position: int | None = None, bit: int = 0) -> None:
+    """Change one bit of a file, in the middle unless said otherwise."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def sign(path: Path, **records: FileRecord) -> None:
+    """Write the manifest of a changed checkpoint anew, so that it vouches for what is there."""
+    files = {file.name: _write_again(file) for file in path.iterdir() if file.name != MANIFEST and file.is_file()}
+    step = int(path.name.removeprefix("step-"))
+    (path / MANIFEST).write_bytes(encode_manifest(Manifest(step, 0.0, files | records)))
+
+
+def _write_again(file: Path) -> FileRecord:
+    content = file.read_bytes()
+    file.unlink()
+    return write_json(file, content)
+
+
+def kill_at_file_operation(number: int, *, folder: Path, begin: str = "") -> list[str]:
+    """From now on this process counts its file operations below ``folder`` and dies of SIGKILL at the ``number``-th.
+
+    With ``begin`` it counts from the first path on that has these letters.
+    """
+    seen: list[str] = []
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in FILE_OPERATIONS:
+            return
+        path = _audited_path(event, arguments)
+        if path.startswith(str(folder)) and (seen or begin in path):
+            seen.append(event)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(listen)
+    return seen
+
+
+def _audited_path(event: str, arguments: tuple[Any, ...]) -> str:
+    path, folder = arguments[0], arguments[_FOLDER_OF[event]] if event in _FOLDER_OF else -1
+    if isinstance(path, int):
+        return os.readlink(f"/proc/self/fd/{path}")
+    text = os.fsdecode(path) if isinstance(path, bytes | str | os.PathLike) else ""
+    return text if folder == -1 else f"{os.readlink(f'/proc/self/fd/{folder}')}/{text}"
 
 
 def _like(parameter: Tensor) -> Tensor:

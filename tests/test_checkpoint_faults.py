@@ -5,9 +5,9 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,38 +15,14 @@ from typing import Any
 import pytest
 import torch
 from harness import RanksFailed, run_ranks
-from stores import differing, placed, save
+from stores import differing, fill, flip, kill_at_file_operation, listener, placed, save, sign
 
 from cuboid.parallel.layout import Layout
 from cuboid.parallel.mesh import connect
 from cuboid.trainer import inspection
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
-from cuboid.trainer.manifest import (
-    MANIFEST,
-    TENSORS,
-    CheckpointError,
-    FileRecord,
-    Manifest,
-    encode_manifest,
-    read_manifest,
-)
-from cuboid.trainer.publish import clean, write_json
-
-FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "shutil.rmtree"}
-
-
-def kill_at_file_operation(number: int, *, folder: Path) -> list[str]:
-    """From now on this process counts its file operations below ``folder`` and dies of SIGKILL at the ``number``-th."""
-    seen: list[str] = []
-
-    def listen(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in FILE_OPERATIONS and str(arguments[0]).startswith(str(folder)):
-            seen.append(event)
-            if len(seen) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(listen)
-    return seen
+from cuboid.trainer.manifest import MANIFEST, TENSORS, CheckpointError, FileRecord, read_manifest
+from cuboid.trainer.publish import clean
 
 
 def in_child(work: Callable[..., Any], *args: Any, seconds: float = 20) -> int | None:
@@ -54,7 +30,10 @@ def in_child(work: Callable[..., Any], *args: Any, seconds: float = 20) -> int |
     child = get_context("fork").Process(target=work, args=args)
     child.start()
     child.join(seconds)
-    assert not child.is_alive(), "hangs"
+    hangs = child.is_alive()
+    child.kill()
+    child.join()
+    assert not hangs, "hangs"
     return child.exitcode
 
 
@@ -92,10 +71,16 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
 
 
 def save_until_killed(folder: Path, rank: int, number: int) -> None:
+    """Rank 0 notes each step whose save returned, beside the folder: the kill counts the operations in it."""
     with connect(Layout(data=2), timeout_seconds=20) as block:
         if block.rank == rank:
             kill_at_file_operation(number, folder=folder)
-        save(folder, placed(Layout(data=2), block), *range(2, 9), keep=1)
+        tensors = placed(Layout(data=2), block)
+        with Checkpointer(folder, keep=1, asynchronous=False) as checkpointer:
+            for step in range(2, 9):
+                checkpointer.save(step, fill(tensors, generation=step), {})
+                if block.rank == 0 and checkpointer.failure is None:
+                    folder.with_name("saved").write_text(str(step))
 
 
 @pytest.mark.parametrize(
@@ -109,12 +94,15 @@ def save_until_killed(folder: Path, rank: int, number: int) -> None:
 )
 def test_one_killed_rank_leaves_whole_checkpoints(tmp_path: Path, rank: int, number: int) -> None:
     """The other rank notices at once instead of waiting, and the next start cleans up after both."""
-    save(tmp_path, placed(Layout(), None), 1)
+    folder = tmp_path / "checkpoints"
+    save(folder, placed(Layout(), None), 1)
+    (tmp_path / "saved").write_text("1")
     with pytest.raises(RanksFailed) as failure:
-        run_ranks(save_until_killed, 2, tmp_path, rank, number, timeout=100)
+        run_ranks(save_until_killed, 2, folder, rank, number, timeout=100)
     assert f"rank {rank} failed:\ndied with exit code -9" in str(failure.value)
     assert "stood here" not in str(failure.value)
-    assert check_survivor(tmp_path) >= 1
+    saved = int((tmp_path / "saved").read_text())
+    assert saved <= check_survivor(folder) <= saved + 1
 
 
 def save_for_ever(folder: Path, layout: Layout) -> None:
@@ -137,12 +125,19 @@ def test_all_ranks_killed_in_the_middle_of_bytes(tmp_path: Path, seed: int) -> N
     layout = Layout(data=1 + seed % 2)
     leader = get_context("fork").Process(target=lead_ranks, args=(tmp_path, layout))
     leader.start()
-    while not (tmp_path / "latest").exists():
-        assert leader.is_alive()
-        time.sleep(0.01)
-    time.sleep(random.Random(seed).uniform(0.0, 0.3))
-    os.killpg(leader.pid, signal.SIGKILL)
-    leader.join()
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "latest").exists():
+            assert leader.is_alive()
+            assert time.monotonic() < deadline, "nothing is saved"
+            time.sleep(0.01)
+        time.sleep(random.Random(seed).uniform(0.0, 0.3))
+        assert leader.is_alive(), "it was not killed but ended"
+    finally:
+        with suppress(ProcessLookupError):  # it failed before it had a group of its own
+            os.killpg(leader.pid, signal.SIGKILL)
+        leader.kill()
+        leader.join()
     path = inspection.newest(tmp_path)
     assert path is not None
     tensors = {f"part-{rank}-{i}": torch.zeros(1 << 20) for rank in range(layout.data) for i in range(4)}
@@ -157,12 +152,6 @@ def saved(tmp_path: Path) -> Path:
     """A folder with checkpoints of steps 1 and 2."""
     save(tmp_path, placed(Layout(), None), 1, 2)
     return tmp_path
-
-
-def flip(path: Path, position: int, bit: int = 0) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
 
 
 def test_every_flipped_byte_is_found_in_every_file(saved: Path) -> None:
@@ -196,9 +185,9 @@ def test_the_changed_tensor_is_named(saved: Path) -> None:
 
 
 def resume_past_a_flip(folder: Path) -> tuple[str, list]:
-    events: list = []
+    events, listen = listener()
     with connect(Layout(data=2), timeout_seconds=60) as block:
-        path = newest(folder, event=lambda kind, **fields: events.append((kind, fields)))
+        path = newest(folder, event=listen)
         tensors = placed(Layout(data=2), block)
         load(path, tensors)
         assert differing(tensors, generation=1) == []
@@ -229,17 +218,6 @@ def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(saved: Path)
 
 
 # An enemy signs what he made: his manifest is valid, and what it says is still refused.
-
-
-def sign(path: Path, **records: FileRecord) -> None:
-    files = {file.name: write_again(file) for file in path.iterdir() if file.name != MANIFEST and file.is_file()}
-    (path / MANIFEST).write_bytes(encode_manifest(Manifest(2, 0.0, files | records)))
-
-
-def write_again(file: Path) -> FileRecord:
-    content = file.read_bytes()
-    file.unlink()
-    return write_json(file, content)
 
 
 def change_table(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -161,6 +161,10 @@ def resume(run: Run) -> None:
     if stored != found:
         words = f"the data (fingerprint {found[:12]}) is not what {path.name} was trained on ({stored[:12]})"
         raise UserError(f"{words}; bring the old data back, or start anew with --fresh")
+    stands_at, begins_at = facts["data"]["next_sample"], facts["step"] * run.recipe.train.global_batch
+    if stands_at != begins_at:
+        words = f"{path.name} stands at sample {stands_at}, and the step after it begins with sample {begins_at}"
+        raise UserError(f"{words}; start anew with --fresh")
     load(path, run.engine.tensors())
     run.step = run.saved = facts["step"]
     run.engine.optimizer.set_step(run.step)

@@ -21,7 +21,7 @@ from cuboid.trainer.engine import StepResult
 from cuboid.trainer.metrics import BubbleMeter, Measurement
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
-from cuboid.trainer.timeline import write_timeline
+from cuboid.trainer.timeline import import_matplotlib, write_timeline
 from cuboid.trainer.track import Tracker, open_tracker
 
 
@@ -47,8 +47,11 @@ class Recorder:
         return self.tracker.run_id if self.tracker else None
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        """Write an event from this rank alone; a finished checkpoint goes to the tracker too."""
-        self.log.event(kind, rank=self.block.rank, **fields)
+        """Write an event from this rank alone; a finished checkpoint goes to the tracker too.
+
+        ``rank`` is this one, unless the event is about another: the one that could not write its part of a checkpoint.
+        """
+        self.log.event(kind, **{"rank": self.block.rank, **fields})
         if kind == "checkpoint" and self.tracker is not None:
             self.tracker.checkpoint(Path(fields["path"]), fields["step"])
 
@@ -62,6 +65,8 @@ class Recorder:
         """Begin the record of a run that stands at ``step``; later steps of an earlier attempt are cut off."""
         if self.block.rank == 0:
             self.log.truncate(step)
+            if self.recipe.track.timeline_every:
+                import_matplotlib()  # not in the first step that is drawn: the step's time would tell of it
             self.tracker = open_tracker(
                 self.recipe.track,
                 run_id=run_id,

@@ -26,6 +26,19 @@ KINDS = {
 IDLE = "#e9e9ec"
 
 
+def import_matplotlib() -> bool:
+    """Whether pictures can be drawn; imports what draws them.
+
+    To be called before a tracker's thread runs: for every number trackio looks into ``matplotlib.figure`` where that is
+    loaded, and drops the number where it is loaded by half.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib.figure  # noqa: F401
+
+    return True
+
+
 def write_timeline(folder: Path, step: int, measurement: Measurement) -> Path | None:
     """Write ``folder/step-00000007.trace.json`` and ``.png`` of step 7.
 
@@ -36,7 +49,7 @@ def write_timeline(folder: Path, step: int, measurement: Measurement) -> Path | 
     title = f"{measurement.title}, step {step}"
     path = folder / f"step-{step:08d}.trace.json"
     _write(path, json.dumps(trace(measurement, title=title)).encode())
-    if importlib.util.find_spec("matplotlib") is None:
+    if not import_matplotlib():
         return None
     picture = folder / f"step-{step:08d}.png"
     partial = picture.with_name(f".{picture.name}.partial")
