@@ -1,14 +1,20 @@
 """Cross-field checks: every error at once, each naming the values that would work, before any process starts."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
-from cuboid.parallel.errors import UserError, UserErrors
+from cuboid.parallel.errors import FieldError, UserError, UserErrors
+from cuboid.trainer import check as check_module
 from cuboid.trainer.check import RANKS_PER_CORE, Devices, check, local_devices, resolve_devices
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe_file import load_recipe
 
+ROOT = Path(__file__).parents[1]
 CPU, GPUS = Devices("cpu", 2), Devices("cuda", 4)
 LLAMA = {
     "model_type": "llama",
@@ -80,6 +86,16 @@ def test_tensor_against_heads_vocabulary_and_features():
     assert "does not divide num_attention_heads=4 and num_key_value_heads=2 of this llama; use 1 or 2" in lines[0]
 
 
+@pytest.mark.skipif(not (ROOT / "models/smollm2").is_dir(), reason="`make smollm2` was not run")
+def test_the_shipped_model_refuses_what_its_recipe_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shipped = load_recipe("smollm2", ["parallel.tensor=2"])
+    (line,) = complaints(shipped)
+    heads = "num_attention_heads=9 and num_key_value_heads=3"
+    assert line == f"parallel.tensor=2 does not divide {heads} of models/smollm2; use 1 or 3"
+    check(load_recipe("smollm2", ["parallel.data=1", "parallel.tensor=3", "data.sequence_length=126"]), CPU)
+
+
 def test_a_family_without_a_tensor_plan_needs_tensor_1():
     values = {
         "model_type": "gpt_neo",
@@ -142,7 +158,24 @@ def test_ranks_against_the_machine():
     assert resolve_devices(recipe(parallel={"data": "auto", "tensor": 4}), CPU).layout.data == 1
     with pytest.raises(UserError, match=r"parallel.data=auto has no room: pipeline x tensor = 8 ranks on 4 GPUs"):
         resolve_devices(recipe(parallel={"data": "auto", "tensor": 4, "pipeline": 2}), GPUS)
-    assert local_devices(recipe(launch={"device": "cpu"}).launch).kind == "cpu"
+
+
+def test_devices_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(FieldError, match=r"launch\.device=cuda finds no GPU here that torch can use; use cpu or auto"):
+        local_devices(recipe(launch={"device": "cuda"}).launch)
+    cores = Devices("cpu", len(os.sched_getaffinity(0)))
+    assert local_devices(recipe(launch={"device": "auto"}).launch) == cores
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert local_devices(recipe(launch={"device": "auto"}).launch) == GPUS
+    assert local_devices(recipe(launch={"device": "cpu"}).launch) == cores
+
+
+def test_ray_must_be_there_where_it_launches(monkeypatch):
+    monkeypatch.setattr(check_module, "find_spec", lambda name: None)
+    (line,) = complaints(recipe(launch={"launcher": "ray"}))
+    assert line == "launch.launcher=ray needs the package ray; pip install 'cuboid[ray]', or use local"
+    check(recipe(launch={"launcher": "local"}), CPU)
 
 
 @pytest.mark.parametrize(
@@ -201,13 +234,13 @@ def test_ranks_that_run_elsewhere(tmp_path):
 def test_everything_at_once():
     wrong = recipe(
         model={"num_key_value_heads": 4},
-        parallel={"tensor": 3, "pipeline": 8},
+        parallel={"tensor": 3, "pipeline": 8, "data": 2},
         data={"path": "nowhere.txt", "tokenizer": "./nowhere", "sequence_length": 301},
         train={"global_batch": 7},
         runs="text.txt",
     )
     fields = [line.partition("=")[0] for line in complaints(wrong)]
     assert fields == [
-        "parallel.microbatches", "data.sequence_length", "runs", "parallel.tensor", "parallel.pipeline",
-        "data.sequence_length", "data.path", "data.tokenizer",
+        "train.global_batch", "parallel.microbatches", "data.sequence_length", "runs", "parallel.tensor",
+        "parallel.pipeline", "data.sequence_length", "data.path", "data.tokenizer",
     ]  # fmt: skip

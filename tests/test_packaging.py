@@ -14,7 +14,7 @@ FOLDERS = ("parallel", "trainer", "recipes", "launch")
 
 
 def git(*arguments: str, cwd: Path = ROOT) -> str:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
     return subprocess.run(["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True, text=True).stdout
 
 
@@ -54,7 +54,8 @@ def test_the_wheel_is_what_git_knows(wheel: Path) -> None:
 
 def test_every_package_is_typed_and_every_recipe_shipped() -> None:
     assert {f"{folder}/py.typed" for folder in FOLDERS} <= set(tracked(*FOLDERS))
-    assert "recipes/quickstart.yaml" in tracked("recipes")
+    recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").glob("*.yaml")}
+    assert {"recipes/quickstart.yaml", "recipes/smollm2.yaml"} <= recipes <= set(tracked("recipes"))
 
 
 def test_the_version_names_the_revision(checkout: Path, wheel: Path) -> None:

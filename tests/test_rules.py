@@ -5,6 +5,7 @@ ruff tells most of them while one types (TID251, TID253, PLW0603); here they are
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
@@ -22,7 +24,7 @@ MAY_IMPORT = {
     "recipes": set(),
     "launch": {"parallel", "trainer"},
 }
-AXES = {"parallel.tensor", "parallel.expert", "parallel.data", "parallel.pipeline"}
+AXES = {"parallel.tensor", "parallel.data", "parallel.pipeline"}
 """The axis files do not import one another; they meet in trainer/assemble and trainer/engine."""
 
 DOORS = {
@@ -82,18 +84,24 @@ def floor() -> list[str]:
     return sorted(pattern[2:-1].split(","))
 
 
-def names_used(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def names_used(path: Path) -> Iterator[tuple[str, int]]:
     """Every dotted name that the file imports or reaches through an import, with its line."""
+    return names_in(ast.parse(path.read_text()), f"cuboid.{path.parent.name}")
+
+
+def names_in(tree: ast.AST, package: str) -> Iterator[tuple[str, int]]:
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in node.names:
                 aliases[name.asname or name.name.split(".")[0]] = name.name if name.asname else name.name.split(".")[0]
                 yield name.name, node.lineno
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 3 - node.level] if node.level else []  # one dot is the package itself
+            module = ".".join([*above, node.module] if node.module else above)
             for name in node.names:
-                aliases[name.asname or name.name] = f"{node.module}.{name.name}"
-                yield f"{node.module}.{name.name}", node.lineno
+                aliases[name.asname or name.name] = f"{module}.{name.name}"
+                yield f"{module}.{name.name}", node.lineno
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (dotted := unparse_dotted(node)):
             head, _, rest = dotted.partition(".")
@@ -114,11 +122,19 @@ def is_within(name: str, library: str) -> bool:
     return name == library or name.startswith(library + ".")
 
 
+def test_no_spelling_of_an_import_is_overlooked() -> None:
+    lines = ("import a.b as c", "from .. import launch", "from . import data", "from ..trainer.loop import train")
+    names = {name for name, _ in names_in(ast.parse("\n".join([*lines, "c.d.e", "launch.f"])), "cuboid.parallel")}
+    assert names >= {"a.b", "cuboid.launch", "cuboid.parallel.data", "cuboid.trainer.loop.train", "a.b.d.e"}
+    assert "cuboid.launch.f" in names
+
+
 def test_a_package_imports_only_those_to_its_left() -> None:
+    assert all((ROOT / f"{axis.replace('.', '/')}.py").exists() for axis in AXES)
     wrong = []
     for path in sources(*MAY_IMPORT):
         package, module = path.parent.name, f"{path.parent.name}.{path.stem}"
-        for name, line in names_used(ast.parse(path.read_text())):
+        for name, line in names_used(path):
             parts = name.split(".")
             if parts[0] in MAY_IMPORT:
                 wrong.append(f"{relative(path)}:{line} imports {name}, which is installed as cuboid.{name}")
@@ -135,7 +151,7 @@ def test_every_library_has_its_door() -> None:
     used: dict[str, set[str]] = {library: set() for library in DOORS}
     wrong = []
     for path in sources(*MAY_IMPORT):
-        for name, line in names_used(ast.parse(path.read_text())):
+        for name, line in names_used(path):
             for library in (library for library in DOORS if is_within(name, library)):
                 used[library].add(relative(path))
                 if relative(path) not in DOORS[library]:
@@ -153,6 +169,19 @@ def test_ruff_guards_the_same_doors() -> None:
     assert set(RUFF["flake8-tidy-imports"]["banned-api"]) == set(DOORS)
     (doors,) = (glob for glob, codes in RUFF["per-file-ignores"].items() if codes == ["TID251"] and glob[0] == "{")
     assert set(doors.strip("{}").split(",")) == set().union(*DOORS.values())
+
+
+def test_a_commit_is_held_to_what_make_lint_runs() -> None:
+    """By the tools of the same environment: no hook brings a version of its own beside constraints.txt."""
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"
+    assert {hook["language"] for hook in local["hooks"]} == {"system"}
+    hooks = {hook["entry"] for hook in local["hooks"]}
+    tools = {entry.removeprefix(".venv/bin/").removesuffix(" --fix") for entry in hooks}
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert lint
+    run = {line.partition("$(BIN)/")[2].removesuffix(" --check") for line in lint[1].splitlines()}
+    assert tools == run | {"make types"}
 
 
 def test_the_floor_imports_no_torch() -> None:
