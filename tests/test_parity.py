@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from itertools import combinations, product
+from math import prod
 
 import pytest
 import torch
 from harness import RanksFailed, run_ranks
-from parity import Case, Difference, compare, reference
+from parity import GLOBAL_BATCH, TOKENS, VOCABULARY, Case, Difference, compare, model_config, reference
+from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Replicate
 
 from cuboid.parallel import gradients, tensor
 from cuboid.parallel.collectives import enter
-from cuboid.trainer import engine
+from cuboid.parallel.loss import IGNORE
+from cuboid.parallel.tensor import Role
+from cuboid.trainer import engine, optimizer
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 
@@ -52,22 +57,27 @@ LARGER = [
     Case(2, 2, 2, "1f1b", microbatches=2),
     Case(2, 1, 1, "gpipe", microbatches=1),
     Case(2, 1, 2, family="qwen2", tied=True),
+    Case(2, 1, 3, family="smollm2", tied=True),  # 9 heads that share 3: tensor 2 would not divide them
     Case(2, 1, 2, family="mistral"),  # attends to a sliding window only
 ]
 
 
+def pairs(case: Case) -> set[tuple[object, ...]]:
+    values = [(field.name, getattr(case, field.name)) for field in fields(case)]
+    return set(combinations(values, 2))
+
+
 def pairwise(cases: Iterable[Case]) -> list[Case]:
-    """Few cases that hold every pair of options which any case holds; greedy, so not the fewest."""
+    """Few cases that hold every mesh and every pair of options which any case holds; greedy, so not the fewest."""
 
-    def pairs(case: Case) -> set[tuple[object, ...]]:
-        values = [(field.name, getattr(case, field.name)) for field in fields(case)]
-        return set(combinations(values, 2))
+    def wanted(case: Case) -> set[tuple[object, ...]]:
+        return pairs(case) | {(case.pipeline, case.data, case.tensor)}
 
-    left, chosen = set().union(*(pairs(case) for case in cases)), []
+    left, chosen = set().union(*(wanted(case) for case in cases)), []
     while left:
-        best = max(cases, key=lambda case: len(pairs(case) & left))
+        best = max(cases, key=lambda case: len(wanted(case) & left))
         chosen.append(best)
-        left -= pairs(best)
+        left -= wanted(best)
     return chosen
 
 
@@ -84,10 +94,38 @@ def assert_exact(case: Case) -> None:
     assert set().union(*(rank.seen for rank in ranks)) == set(expected.gradients), "every parameter stands somewhere"
     for rank in ranks:
         assert not rank.missing, f"no gradient: {rank.missing}"
-        assert rank.loss <= 1e-6, rank
-        assert rank.grad_norm <= 1e-5, rank
         assert rank.gradient <= 1e-5, rank
-        assert rank.update <= 1e-3, rank
+        assert rank.update <= 2e-4, rank
+        # the first step has the same weights; the later ones also show what the updates did to them
+        for loss, tolerance in zip(rank.losses, (1e-6, 1e-5, 1e-5), strict=True):
+            assert loss <= tolerance, rank
+        for norm, tolerance in zip(rank.grad_norms, (1e-5, 1e-4, 1e-4), strict=True):
+            assert norm <= tolerance, rank
+    assert_options_did_something(case, ranks)
+
+
+def assert_options_did_something(case: Case, ranks: Iterable[Difference]) -> None:
+    """An option that is silently left out gives the same numbers: its traces are looked for."""
+    rows = GLOBAL_BATCH // case.data // case.microbatches
+    width = model_config(case.family, case.tied)["hidden_size"]
+    tokens = TOKENS // case.tensor if case.sequence else TOKENS
+    cut = {"data": case.data if case.shard else 1, "tensor": case.tensor}
+    for work in (rank.work for rank in ranks):
+        assert work.layer_calls == {case.microbatches * (2 if case.activation_checkpointing == "full" else 1)}
+        assert work.layer_tokens == {tokens}
+        assert work.boundaries <= {(rows, tokens, width)}
+        assert work.logits <= {(rows, TOKENS, VOCABULARY // case.tensor)}
+        for name, held in work.held.items():
+            wanted = {axis: parts for axis, parts in cut.items() if parts > 1}
+            if not held.is_matrix and "tensor" not in held.parts:
+                wanted.pop("tensor", None)  # of the vectors, only some are cut over the tensor axis
+            assert held.parts == wanted, name
+            assert held.numel * prod(wanted.values()) == held.whole_numel, f"{name}: {held}"
+    works = [rank.work for rank in ranks]
+    per_stage = case.data * case.tensor
+    assert sum(bool(work.logits) for work in works) == per_stage, "the last stage stands on one line of ranks"
+    inner = case.pipeline - (case.schedule != "interleaved_1f1b")  # interleaved, the last rank has an inner stage too
+    assert sum(bool(work.boundaries) for work in works) == inner * per_stage
 
 
 @pytest.mark.parametrize("case", COVER, ids=str)
@@ -106,53 +144,130 @@ def test_every_cell_equals_one_process(case: Case) -> None:
     assert_exact(case)
 
 
-def _norm_left_plain() -> None:
-    tensor._heads.__globals__["Partial"] = Replicate
+Plant = Callable[[pytest.MonkeyPatch], None]
+CLEARLY = 10
+"""A fault is seen where a number is this many times over what `assert_exact` allows."""
 
 
-def _block_not_entered() -> None:
-    tensor.enter = lambda x, group, *, sequence: enter(x.detach(), group, sequence=sequence).requires_grad_()
+def norm_within_heads_left_plain(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(tensor._WRAP, Role.HEADS, lambda module, mesh, sequence: tensor._wrap_local(module, Replicate()))
 
 
-def _tied_copies_not_summed() -> None:
-    gradients.TiedWeights.sum_gradients = lambda self: None
+def norm_of_own_tokens_left_plain(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(tensor._WRAP, Role.TOKENS, lambda module, mesh, sequence: tensor._wrap_local(module, Replicate()))
 
 
-def _open_sums_forgotten() -> None:
-    engine.close_sums = lambda parameters: None
+def gradients_not_summed_where_a_block_is_entered(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tensor, "enter", lambda x, group, *, sequence: x)  # the same numbers forward
 
 
-def _mean_of_means() -> None:
+def blocks_cut_off_backward(patch: pytest.MonkeyPatch) -> None:
+    def detached(x: torch.Tensor, group: ProcessGroup, *, sequence: bool) -> torch.Tensor:
+        return enter(x.detach(), group, sequence=sequence).requires_grad_()
+
+    patch.setattr(tensor, "enter", detached)
+
+
+def tied_copies_not_summed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gradients.TiedWeights, "sum_gradients", lambda self: None)
+
+
+def open_sums_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine, "close_sums", lambda parameters: None)
+
+
+def mean_of_means(patch: pytest.MonkeyPatch) -> None:
     def by_rank(self: engine.NativeEngine, labels: torch.Tensor) -> int:
-        return int((labels != engine.IGNORE).sum()) * self.block.layout.data
+        return int((labels != IGNORE).sum()) * self.block.layout.data
 
-    engine.NativeEngine._count_tokens = by_rank
+    patch.setattr(engine.NativeEngine, "_count_tokens", by_rank)
 
 
-FAULTS: list[tuple[Callable[[], None], Case]] = [
-    (_norm_left_plain, Case(1, 2, 2, family="qwen3")),
-    (_block_not_entered, Case(1, 1, 2)),
-    (_tied_copies_not_summed, Case(2, 1, 1, tied=True)),
-    (_open_sums_forgotten, Case(2, 1, 2)),
-    (_mean_of_means, Case(1, 2, 1)),
+def clipping_skipped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine, "clip", lambda parameters, *, norm, limit: None)
+
+
+def clipped_by_the_ranks_own_norm(patch: pytest.MonkeyPatch) -> None:
+    def by_own(parameters: Iterable[nn.Parameter], *, norm: float, limit: float) -> None:
+        parameters = list(parameters)
+        own = gradients.squared_norm(parameters, {}).sqrt().item()
+        gradients.clip(parameters, norm=own, limit=limit)
+
+    patch.setattr(engine, "clip", by_own)
+
+
+def nothing_decayed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(optimizer, "is_decayed", lambda name, parameter: False)
+
+
+def everything_decayed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(optimizer, "is_decayed", lambda name, parameter: True)
+
+
+def updates_counted_from_one(patch: pytest.MonkeyPatch) -> None:
+    count = optimizer.ShardedAdamW.set_step
+    patch.setattr(optimizer.ShardedAdamW, "set_step", lambda self, step: count(self, step + 1))
+
+
+def gradient_of_nothing(patch: pytest.MonkeyPatch) -> None:
+    def spoil(parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in list(parameters)[:1]:
+            gradients.local_gradient(parameter).fill_(torch.nan)
+
+    patch.setattr(engine, "close_sums", spoil)
+
+
+SILENT: list[tuple[Plant, Case, str]] = [
+    (norm_within_heads_left_plain, Case(1, 2, 2, family="qwen3"), "gradient"),
+    (norm_of_own_tokens_left_plain, Case(1, 1, 2), "gradient"),
+    (gradients_not_summed_where_a_block_is_entered, Case(1, 1, 2, sequence=False), "gradient"),
+    (blocks_cut_off_backward, Case(1, 1, 2), "missing"),
+    (open_sums_forgotten, Case(2, 1, 2), "grad_norm"),
+    (tied_copies_not_summed, Case(2, 1, 1, tied=True), "gradient"),
+    (mean_of_means, Case(1, 2, 1), "loss"),
+    (clipping_skipped, Case(1, 2, 1), "update"),
+    (clipped_by_the_ranks_own_norm, Case(1, 1, 2), "update"),
+    (nothing_decayed, Case(), "update"),
+    (everything_decayed, Case(), "update"),
+    (updates_counted_from_one, Case(), "update"),
 ]
+"""Faults under which a run goes on in silence, with the number that shows them."""
 
 
-@pytest.mark.parametrize(("plant", "case"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_a_planted_fault_is_found(plant: Callable[[], None], case: Case) -> None:
+def name_of(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("plant", "case", "shown"), SILENT, ids=name_of)
+def test_a_planted_fault_is_found(plant: Plant, case: Case, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: each of the field's silent mistakes is seen by it."""
+    expected = reference(case.family, case.tied)
+    plant(monkeypatch)  # before the ranks are forked: a name that is gone fails here
+    ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
+    found = {
+        "loss": (max(rank.losses[0] for rank in ranks), 1e-6),
+        "grad_norm": (max(rank.grad_norms[0] for rank in ranks), 1e-5),
+        "gradient": (max(rank.gradient for rank in ranks), 1e-5),
+        "missing": (max(len(rank.missing) for rank in ranks), 0),
+        "update": (max(rank.update for rank in ranks), 2e-4),
+    }
+    error, allowed = found.pop(shown)
+    assert error > CLEARLY * allowed
+    if shown == "update":
+        # all before it is right, so that only the comparison of updates finds it
+        assert all(error <= allowed for error, allowed in found.values()), found
 
-    def faulty(case: Case, expected: object) -> Difference:
-        plant()  # in a forked rank: this process stays as it is
-        return compare(case, expected)
 
-    try:
-        ranks = run_ranks(faulty, case.world_size, case, reference(case.family, case.tied), timeout=120)
-    except RanksFailed:
-        return  # loud is as good
-    assert max(max(rank.gradient, rank.grad_norm, float(bool(rank.missing))) for rank in ranks) > 1e-3
+def test_a_gradient_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = reference("llama", False)
+    gradient_of_nothing(monkeypatch)
+    with pytest.raises(RanksFailed, match=r"not finite: model\.embed_tokens\.weight: nan"):
+        run_ranks(compare, 1, Case(), expected, timeout=120)
 
 
-def test_pairs_are_covered() -> None:
-    assert len(COVER) < len(cells()) / 5
+def test_every_pair_of_options_is_covered() -> None:
+    assert set().union(*map(pairs, COVER)) == set().union(*map(pairs, cells()))
     assert set(COVER) <= set(cells())
+    assert len(COVER) < len(cells()) / 5
+    meshes = {(case.pipeline, case.data, case.tensor) for case in COVER}
+    assert meshes == set(product((1, 2), repeat=3)), "each axis alone, each pair of axes, and all three"
