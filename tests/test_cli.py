@@ -13,6 +13,7 @@ import pytest
 import standin
 import transformers  # noqa: F401  (its log handler keeps the stream that it finds first; not the runner's)
 from harness import run_ranks
+from stores import flip
 from typer.testing import CliRunner
 
 from cuboid.launch import cli, failures, training
@@ -288,9 +289,7 @@ def test_a_run_from_the_command_to_its_end(tmp_path):
     shard = max(
         (tmp_path / "runs/mini/checkpoints/step-00000005").glob("*.safetensors"), key=lambda path: path.stat().st_size
     )
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip(shard, -1)
     code, out, _ = cuboid("checkpoint", "verify", "runs/mini")
     assert code == 1
     assert shard.name in out
