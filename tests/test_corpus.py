@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_data import prepared
+from samples import prepared
 
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.corpus import find_corpus
@@ -58,7 +58,8 @@ not a document
 
 
 def test_tables_and_data_set_folders_are_read_by_datasets(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
     folder = tmp_path / "set"
@@ -86,10 +87,10 @@ def test_tables_and_data_set_folders_are_read_by_datasets(tmp_path, monkeypatch)
 
 
 def test_a_hub_id_without_a_network_is_told_in_words():
-    pytest.importorskip("datasets")
     code = "from cuboid.trainer.corpus import find_corpus; next(find_corpus('someone/nothing').read())"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1
     assert "data.path=someone/nothing is no file or folder here, and cannot be loaded by datasets" in done.stderr
 
 

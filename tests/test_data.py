@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -15,23 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from samples import BYTES, prepared
 
 from cuboid.parallel.errors import FieldError
 from cuboid.trainer.corpus import find_corpus
-from cuboid.trainer.data import Dataset, permute, prepare
-from cuboid.trainer.recipe import DataSettings
-from cuboid.trainer.tokenizer import ByteTokenizer, open_tokenizer
+from cuboid.trainer.data import Dataset, permute
+from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import Tokens, cache_folder, prepare_tokens
-
-BYTES = ByteTokenizer()
-
-
-def settings(path, **fields):
-    return DataSettings(kind="text", path=path, **{"sequence_length": 8, **fields})
-
-
-def prepared(path, cache, *, seed=0, tokenizer=BYTES, **fields):
-    return prepare(settings(path, **fields), tokenizer=tokenizer, seed=seed, cache=cache)
 
 
 def dataset(documents, *, length, packing=True, cross=False, seed=0):
@@ -140,12 +131,12 @@ def test_samples_go_on_without_end_and_any_is_found_at_once():
 
 def test_a_batch_costs_less_than_a_millisecond(tmp_path):
     data = prepared("package:stdlib", tmp_path, sequence_length=128)
-    seconds = []
+    seconds = []  # of the processor: the machine may be busy with other things
     for step in range(50):
-        started = time.perf_counter()
+        started = time.thread_time()
         data.batch(range(16 * step, 16 * step + 16))
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1e-3
+        seconds.append(time.thread_time() - started)
+    assert statistics.median(seconds) < 1e-3
 
 
 def test_the_fingerprint_tells_contents_apart(tmp_path):
@@ -290,8 +281,3 @@ def test_a_tokenizer_that_does_not_fit_is_refused_with_the_values(tmp_path, pret
         open_tokenizer("auto", pretrained=str(tmp_path))
     with pytest.raises(FieldError, match=r"data.tokenizer=./nowhere is no folder"):
         open_tokenizer("./nowhere")
-
-
-def test_files_and_tokenizer_need_no_torch():
-    code = "import sys, cuboid.trainer.tokens; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -9,10 +9,12 @@ import pytest
 import torch
 from harness import run_ranks
 from parity import Case, model_config
+from stores import flip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.parallel.mesh import connect
+from cuboid.trainer import export
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.checkpoint import Checkpointer
 from cuboid.trainer.export import export_hf
@@ -116,9 +118,7 @@ def test_every_mesh_exports_the_same_model(tmp_path: Path, tied: bool) -> None:
 def test_a_run_gives_its_newest_valid_checkpoint(tmp_path: Path) -> None:
     save_model(make_model(), tmp_path, 1, 2)
     shard = next((tmp_path / "checkpoints" / "step-00000002").glob("*.safetensors"))
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip(shard, -1)
     exported = export_hf(tmp_path, tmp_path / "out")
     assert exported.checkpoint.name == "step-00000001"
     assert shard.name in exported.refused[0]
@@ -167,6 +167,21 @@ def test_an_architecture_that_does_not_fit_is_told(tmp_path: Path) -> None:
     model.config.num_hidden_layers, model.config.hidden_size = 6, 64
     save_model(model, tmp_path, 2)
     with pytest.raises(RunFailed, match="has shape"):
+        export_hf(tmp_path, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints"]
+
+
+def test_a_folder_that_gives_other_logits_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight of the file is another than that of the checkpoint: a quarter of what it was."""
+    save_model(make_model(), tmp_path, 1)
+    write = export._write_weights
+
+    def write_wrongly(folder: Path, weights: export.Weights, *, shard_bytes: int) -> None:
+        write(folder, weights, shard_bytes=shard_bytes)
+        flip(folder / "model.safetensors", -1)
+
+    monkeypatch.setattr(export, "_write_weights", write_wrongly)
+    with pytest.raises(RunFailed, match=r"was not exported: loaded again, its logits differ by .*, more than 1e-05"):
         export_hf(tmp_path, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["checkpoints"]
 

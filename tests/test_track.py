@@ -1,14 +1,13 @@
 """Trackers: real wandb and trackio, read back; resumed after a kill; broken in every way while the run goes on."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,7 +23,7 @@ from cuboid.trainer.track import choose_tracker, open_tracker, wandb_records
 RUN_ID = "abc123def456"
 
 SESSION = """
-import json, os, signal, subprocess, sys, time
+import json, os, signal, statistics, subprocess, sys, time
 from pathlib import Path
 from cuboid.trainer.recipe import TrackSettings
 from cuboid.trainer.runlog import RunLog, read_events
@@ -36,30 +35,26 @@ log = RunLog(folder)
 log.truncate(about["first"] - 1)
 settings = TrackSettings(to=about.get("to", "auto"), project="tests", artifacts=about.get("artifacts", "reference"))
 recipe = {"model": {"config": {"x": 7}}}
-began = time.time()
 tracker = open_tracker(settings, run_id=about["run_id"], name="quick", recipe=recipe, folder=folder)
 if "wait" in about:
     while not any(event["kind"] == "tracker" for event in read_events(folder)):
         time.sleep(0.05)
 exec(about.get("before", ""))
-longest = 0.0
+seconds = []
 for step in range(about["first"], about["last"] + 1):
     record = {"step": step, "loss": 1 / step, "bubble_by_stage": [0.25, 0.5], "slow_stage": None}
     log.metrics(record)
     started = time.perf_counter()
     tracker.log(step, record)
-    longest = max(longest, time.perf_counter() - started)
+    seconds.append(time.perf_counter() - started)
     if step == 3:
         tracker.image("timeline", folder / "timeline.png")
         tracker.checkpoint(folder / "step-00000003", 3)
 if about.get("kill"):
-    while not tracker._queue.empty():
-        time.sleep(0.05)
-    time.sleep(about["kill"])
-    os.kill(os.getpid(), signal.SIGKILL)
+    print("all told", flush=True)
+    time.sleep(100)
 tracker.close()
-told = {"page": tracker.page, "run_id": tracker.run_id, "longest": longest, "started": began, "ended": time.time()}
-print(json.dumps(told))
+print(json.dumps({"page": tracker.page, "run_id": tracker.run_id, "median": statistics.median(seconds)}))
 """
 
 
@@ -69,8 +64,8 @@ def clean_environment(home, **variables):
     return kept | {"HOME": str(home)} | variables
 
 
-def session(folder, *, first, last, run_id=RUN_ID, variables=None, **about):
-    """One process of a run; what it printed, or None where it was killed."""
+def session(folder, *, first, last, kill_when=None, variables=None, **about):
+    """One process of a run; what it printed, or None where it was killed: when `kill_when` was true of its disk."""
     folder.mkdir(parents=True, exist_ok=True)
     from PIL import Image
 
@@ -78,26 +73,42 @@ def session(folder, *, first, last, run_id=RUN_ID, variables=None, **about):
     (folder / "step-00000003").mkdir(exist_ok=True)
     (folder / "step-00000003" / "manifest.json").write_text('{"files": {}}')
     (folder / "step-00000003" / "model.safetensors").write_bytes(b"weights" * 100)
-    about |= {"folder": str(folder), "first": first, "last": last, "run_id": run_id}
+    about |= {"folder": str(folder), "first": first, "last": last, "run_id": RUN_ID, "kill": kill_when is not None}
     environment = clean_environment(folder.parent, **(variables or {}))
     command = [sys.executable, "-c", SESSION, json.dumps(about)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    if about.get("kill"):
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    if kill_when:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            try:
+                assert process.stdout.readline() == "all told\n"
+                wait_until(kill_when, seconds=60)
+            finally:
+                process.kill()
         return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a tracker talks"
     assert done.stdout.count("\n") == 1, "a tracker talks"
     return json.loads(done.stdout)
 
 
-def kinds(folder):
-    return [event["kind"] for event in read_events(folder)]
+def wait_until(true, *, seconds):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.05)
+
+
+def trackio(root, query):
+    """What the run's database answers; nothing while it is made or written."""
+    try:
+        with contextlib.closing(sqlite3.connect(root / ".trackio" / "tests.db")) as database:
+            return database.execute(query).fetchall()
+    except sqlite3.OperationalError:
+        return []
 
 
 def trackio_rows(root):
-    with sqlite3.connect(root / ".trackio" / "tests.db") as database:
-        return database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    return trackio(root, "select run_name, step, metrics from metrics order by id")
 
 
 def wandb_history(folder):
@@ -108,6 +119,14 @@ def wandb_history(folder):
             if record.HasField("history"):
                 items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
                 yield record.history.step.num, items
+
+
+def wandb_models(file):
+    """Checkpoints among the artifacts of one session."""
+    for record in wandb_records(file):
+        found = record.request.log_artifact.artifact if record.HasField("request") else record.artifact
+        if found.type == "model":
+            yield found
 
 
 @pytest.mark.parametrize(
@@ -162,19 +181,22 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(tmp_path, mon
 
 
 def test_trackio_two_sessions_are_one_run_with_each_step_once(tmp_path):
-    pytest.importorskip("trackio")
     folder = tmp_path / "runs" / "quick"
-    session(folder, first=1, last=30, kill=1.5, wait=True)
-    assert {row[1] for row in trackio_rows(folder.parent)} == set(range(1, 31))
+
+    def all_is_stored():
+        steps = {row[1] for row in trackio_rows(folder.parent)}
+        return steps == set(range(1, 31)) and trackio(folder.parent, "select id from artifact_versions")
+
+    session(folder, first=1, last=30, kill_when=all_is_stored, wait=True)
     # The session that was killed told the tracker up to step 30; the checkpoint was at 20.
-    told = session(folder, first=21, last=50, artifacts="bytes")
+    told = session(folder, first=21, last=50)
     numbers = [(name, step) for name, step, metrics in trackio_rows(folder.parent) if b"loss" in bytes(metrics)]
     assert numbers == [(f"quick-{RUN_ID}", step) for step in range(1, 51)]
     assert told["run_id"] == RUN_ID
     assert told["page"].endswith("trackio show --project tests")
     assert f"TRACKIO_DIR={folder.parent}/.trackio" in told["page"]
     assert "token" not in (folder / "events.jsonl").read_text()
-    assert told["longest"] < 5e-3
+    assert told["median"] < 200e-6
     with sqlite3.connect(folder.parent / ".trackio" / "tests.db") as database:
         (config,) = database.execute("select config from configs").fetchone()
         assert json.loads(config)["model"] == {"config": {"x": 7}}
@@ -187,11 +209,12 @@ def test_trackio_two_sessions_are_one_run_with_each_step_once(tmp_path):
 
 
 def test_wandb_offline_two_sessions_are_one_run_with_each_step_once(tmp_path):
-    pytest.importorskip("wandb")
     folder = tmp_path / "runs" / "quick"
     offline = {"WANDB_MODE": "offline"}
-    session(folder, first=1, last=30, kill=3, wait=True, variables=offline)
-    told = session(folder, first=21, last=50, artifacts="bytes", variables=offline)
+    # The newest step is written when the next one begins.
+    stored = lambda: any(step == 29 for step, _ in wandb_history(folder))  # noqa: E731
+    session(folder, first=1, last=30, kill_when=stored, wait=True, variables=offline)
+    told = session(folder, first=21, last=50, variables=offline)
     history = list(wandb_history(folder))
     numbers = [(step, float(items["loss"])) for step, items in history if "loss" in items]
     assert numbers == [(step, 1 / step) for step in range(1, 51)]
@@ -203,27 +226,33 @@ def test_wandb_offline_two_sessions_are_one_run_with_each_step_once(tmp_path):
     assert {(run.run_id, run.display_name, run.project) for run in runs} == {(RUN_ID, "quick", "tests")}
     configs = {update.key: update.value_json for run in runs for update in run.config.update}
     assert json.loads(configs["model"]) == {"config": {"x": 7}}
-    artifacts = [record.request.log_artifact.artifact for record in wandb_records(first) if record.HasField("request")]
-    artifacts += [record.artifact for record in wandb_records(first) if record.HasField("artifact")]
-    (artifact,) = (artifact for artifact in artifacts if artifact.type == "model")
+    (artifact,) = wandb_models(first)
     assert json.loads(artifact.metadata)["step"] == 3
     assert [entry.path for entry in artifact.manifest.contents] == ["manifest.json"]
 
 
 def test_the_bytes_of_a_checkpoint_where_asked(tmp_path):
-    pytest.importorskip("trackio")
     folder = tmp_path / "runs" / "quick"
     session(folder, first=1, last=3, artifacts="bytes")
-    with sqlite3.connect(folder.parent / ".trackio" / "tests.db") as database:
-        (manifest,) = database.execute("select manifest from artifact_versions").fetchone()
+    ((manifest,),) = trackio(folder.parent, "select manifest from artifact_versions")
     assert [entry["path"] for entry in json.loads(manifest)] == ["manifest.json", "model.safetensors"]
     session(tmp_path / "other" / "quick", first=1, last=3, artifacts="none")
-    with sqlite3.connect(tmp_path / "other" / ".trackio" / "tests.db") as database:
-        assert database.execute("select count(*) from artifact_versions").fetchone() == (0,)
+    assert trackio(tmp_path / "other", "select count(*) from artifact_versions") == [(0,)]
+
+
+def test_the_bytes_of_a_checkpoint_in_an_offline_wandb(tmp_path):
+    folder = tmp_path / "runs" / "quick"
+    session(folder, first=1, last=3, artifacts="bytes", variables={"WANDB_MODE": "offline"})
+    (file,) = (folder / "wandb").glob(f"offline-run-*-{RUN_ID}/*.wandb")
+    (artifact,) = wandb_models(file)
+    weights = (folder / "step-00000003" / "model.safetensors").read_bytes()
+    entries = {entry.path: entry for entry in artifact.manifest.contents}
+    assert sorted(entries) == ["manifest.json", "model.safetensors"]
+    assert entries["model.safetensors"].size == len(weights)
+    assert Path(entries["model.safetensors"].local_path).read_bytes() == weights
 
 
 def test_a_tracker_switched_on_late_has_the_earlier_steps(tmp_path):
-    pytest.importorskip("trackio")
     folder = tmp_path / "runs" / "quick"
     session(folder, first=1, last=10, to="none")
     session(folder, first=11, last=12)
@@ -244,17 +273,32 @@ class HalfDead(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def server(kind):
-    """The worst networks: a server that takes connections and never answers, and one that stops answering later."""
+    """The worst networks: a server that takes connections and never answers, and one that stops answering later.
+
+    Its address, and a list that gets the time of each connection.
+    """
+    times = []
     if kind == "silent":
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            yield f"http://127.0.0.1:{silent.getsockname()[1]}"
+            taken = []
+
+            def take():
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(silent.accept())
+                        times.append(time.time())
+
+            Thread(target=take, daemon=True).start()
+            yield f"http://127.0.0.1:{silent.getsockname()[1]}", times
+            silent.shutdown(socket.SHUT_RDWR)
         return
     half_dead = ThreadingHTTPServer(("127.0.0.1", 0), HalfDead)
+    half_dead.verify_request = lambda *_: times.append(time.time()) or True
     half_dead.daemon_threads, half_dead.block_on_close = True, False
     Thread(target=half_dead.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{half_dead.server_port}"
+    yield f"http://127.0.0.1:{half_dead.server_port}", times
     half_dead.shutdown()
     half_dead.server_close()
 
@@ -263,17 +307,16 @@ def server(kind):
     ("kind", "cause"), [("silent", "does not answer (timed out)"), ("half dead", "context deadline exceeded")]
 )
 def test_wandb_without_a_network_is_offline_within_ten_seconds(tmp_path, kind, cause):
-    pytest.importorskip("wandb")
     folder = tmp_path / "runs" / "quick"
     key = "0123456789abcdef" * 2 + "01234567"
-    with server(kind) as url:
+    with server(kind) as (url, times):
         variables = {"WANDB_API_KEY": key, "WANDB_BASE_URL": url}
         told = session(folder, first=1, last=5, wait=True, variables=variables)
+        ended = time.time()
     events = {event["kind"]: event for event in read_events(folder)}
     assert events["tracker_offline"]["cause"].endswith(cause)
-    busy = os.getloadavg()[0] / os.cpu_count()
-    assert events["tracker"]["time"] - told["started"] < 10 * max(1, busy)
-    assert told["ended"] - told["started"] < 12 * max(1, busy)
+    assert events["tracker_offline"]["time"] - times[0] < track._REACH_SECONDS + track._INIT_SECONDS + 1
+    assert ended - events["tracker"]["time"] < 10, "the end of the run waits for a dead network"
     assert told["page"].startswith("wandb sync")
     assert [step for step, _ in wandb_history(folder)] == [1, 2, 3, 4, 5]
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
@@ -304,7 +347,6 @@ warnings.simplefilter("ignore")  # trackio tells it on standard error too
     ],
 )
 def test_a_broken_tracker_stops_nothing(tmp_path, to, before, variables):
-    pytest.importorskip(to)
     folder = tmp_path / "runs" / "quick"
     wait = {} if "TRACKIO_DIR" in variables else {"wait": True}
     session(folder, first=1, last=300, to=to, before=before, variables=variables, **wait)
@@ -319,4 +361,3 @@ def test_nothing_of_a_tracker_is_imported_before_it_is_opened():
         "import sys, cuboid.trainer.track; sys.exit(any(name in sys.modules for name in ('wandb', 'trackio', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-    assert not any(Path(path).name == "wandb.py" for path in sys.path)
