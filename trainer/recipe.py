@@ -127,7 +127,7 @@ class DataSettings(Settings):
     subset: Text | None = None
     """Subset of a hub data set that has several, by its config name."""
     text_column: Text = "text"
-    """Column that holds the text, in a hub data set or a .jsonl file."""
+    """Column that holds the text, in a .jsonl, .csv or .parquet file or a hub data set."""
     tokenizer: Text = "auto"
     """auto: the model's own, or bytes where the model comes from a config; bytes; or a local folder or hub id."""
     sequence_length: Annotated[int, Field(ge=2)]
