@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from parity import Case
 
 from cuboid.parallel.layout import AXES, Layout
 from cuboid.parallel.mesh import connect
+from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model_config import read_checked_config
 
 BLOCK = Layout(pipeline=2, data=2, tensor=2)
 
@@ -32,22 +37,46 @@ def test_groups_are_the_lines_of_the_block() -> None:
         assert sums == [2 * rank + step if not rank & step else 2 * rank - step for step in (4, 2, 1)]
 
 
-def wait_for_a_rank_that_sleeps(axis: str) -> float:
-    with connect(BLOCK, timeout_seconds=2) as block:
-        if block.rank == 3:
-            time.sleep(6)
-            return 0.0
-        began = time.monotonic()
-        try:
-            dist.all_reduce(torch.ones(1), group=block.mesh[axis].get_group())
-        except RuntimeError:
-            return time.monotonic() - began
-        time.sleep(6)  # its neighbours would meet its closed sockets sooner than their time-out
-        return 0.0
+def time_outs() -> dict[str, float]:
+    """Of every group that the block and a tied model's ends make, in seconds."""
+    with connect(BLOCK, timeout_seconds=30) as block:
+        recipe = Case(2, 2, 2, tied=True).recipe()
+        blueprint = draw_blueprint(read_checked_config(recipe.model))
+        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        groups = {axis: block.mesh[axis].get_group() for axis in AXES}
+        groups |= {"world": dist.group.WORLD, "tied": engine.tied.group}
+        return {name: _time_out(group) for name, group in groups.items()}
 
 
-def test_no_group_waits_longer_than_the_time_out() -> None:
+def _time_out(group: dist.ProcessGroup) -> float:
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_every_group_has_the_runs_time_out() -> None:
     """torch gives the groups of `init_device_mesh` half an hour, whatever the world's time-out is."""
-    for axis, neighbour in zip(AXES, (7, 1, 2), strict=True):
-        waited = run_ranks(wait_for_a_rank_that_sleeps, 8, axis, timeout=60)
-        assert 1.5 < waited[neighbour] < 5, (axis, waited)
+    for found in run_ranks(time_outs, 8):
+        assert found == dict.fromkeys((*AXES, "world", "tied"), 30.0)
+
+
+NEIGHBOURS = dict(zip((7, 1, 2), AXES, strict=True))
+"""Of rank 3, along each axis."""
+
+
+def wait_for_a_rank_that_sleeps() -> float:
+    with connect(BLOCK, timeout_seconds=10) as block:
+        dist.barrier()  # so that connecting takes nothing of the time-out
+        began = time.monotonic()
+        if axis := NEIGHBOURS.get(block.rank):
+            with pytest.raises(RuntimeError):
+                dist.all_reduce(torch.ones(1), group=block.mesh[axis].get_group())
+        waited = time.monotonic() - began
+        # the others would meet closed sockets sooner than their time-out
+        time.sleep(max(0.0, 25 - waited))
+        return waited
+
+
+@pytest.mark.full
+def test_no_group_waits_longer_than_the_time_out() -> None:
+    waited = run_ranks(wait_for_a_rank_that_sleeps, 8, timeout=90)
+    for rank, axis in NEIGHBOURS.items():
+        assert 9 < waited[rank] < 20, (axis, waited)

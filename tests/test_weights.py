@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
 from parity import Case, full
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuboid.parallel.errors import UserError
+from cuboid.parallel.gradients import local
 from cuboid.parallel.mesh import connect
+from cuboid.trainer import weights
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.model import draw_blueprint, seeded_tensors
 from cuboid.trainer.model_config import read_checked_config
@@ -83,6 +88,65 @@ def test_safetensors_reach_the_shards_bit_for_bit(case: Case, folder: Path) -> N
     assert held.keys() == expected.keys() - {"lm_head.weight"}
     for name, tensor in held.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+class CountingFile:
+    """A safetensors file that counts the elements cut out of it."""
+
+    def __init__(self, file: Any, read: Counter[str]) -> None:
+        self.file, self.read = file, read
+
+    def __enter__(self) -> CountingFile:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.__exit__(*error)
+
+    def get_slice(self, name: str) -> CountingSlice:
+        return CountingSlice(self.file.get_slice(name), name, self.read)
+
+
+class CountingSlice:
+    def __init__(self, whole: Any, name: str, read: Counter[str]) -> None:
+        self.whole, self.name, self.read = whole, name, read
+
+    def get_shape(self) -> list[int]:
+        return self.whole.get_shape()
+
+    def __getitem__(self, part: tuple[slice, ...]) -> torch.Tensor:
+        cut = self.whole[part]
+        self.read[self.name] += cut.numel()
+        return cut
+
+
+def elements_read(recipe: Recipe) -> tuple[Counter[str], dict[str, tuple[int, int]]]:
+    """In every rank: elements read by name, and of each parameter how many it holds and how many there are."""
+    read: Counter[str] = Counter()
+    # in a forked rank: this process stays as it is; whatever else of a file were asked for would raise
+    weights.safe_open = lambda path, framework: CountingFile(safe_open(path, framework=framework), read)
+    with connect(recipe.layout, timeout_seconds=60) as block:
+        blueprint = draw_blueprint(read_checked_config(recipe.model))
+        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        return read, {name: (local(p).numel(), p.numel()) for name, p in engine.parameters}
+
+
+@pytest.mark.parametrize("case", [Case(1, 2, 1), Case(1, 1, 2), Case(2, 1, 1)], ids=str)
+def test_a_rank_reads_what_it_owns_and_nothing_else(case: Case, folder: Path) -> None:
+    assert safe_open is weights.safe_open, "what is counted is what is called"
+    total = 0
+    for read, held in run_ranks(elements_read, 2, pretrained(case, folder), timeout=120):
+        assert read == {name: own for name, (own, _) in held.items()}
+        cut = [own < whole for own, whole in held.values()]
+        assert all(cut) if case.data > 1 else any(cut) == (case.tensor > 1)
+        total += sum(read.values())
+    with torch.device("meta"):
+        whole = sum(
+            p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).parameters()
+        )
+    # what both need is read by both: norms over the tensor axis, the tied embedding at both ends of the pipeline
+    assert whole <= total < 1.2 * whole
+    assert (total == whole) == (case.data > 1)
 
 
 def refusal(folder: Path) -> str:
