@@ -17,7 +17,7 @@ from runs import STEPS, check_resumed, events, losses, recipe_on, run, saved_fac
 from stores import sign
 
 from cuboid.parallel.loss import SummedCrossEntropy
-from cuboid.trainer import inspection, loop
+from cuboid.trainer import inspection, loop, recorder
 from cuboid.trainer.engine import NativeEngine, StepResult
 from cuboid.trainer.loop import train
 from cuboid.trainer.recipe import Recipe
@@ -75,6 +75,26 @@ def test_chosen_steps_have_a_picture_and_a_trace(tracked: Path) -> None:
     )
     for step in steps:
         assert (tracked / "timeline" / f"{step}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _order_of_imports(recipe: Recipe, folder: Path) -> list[str]:
+    order = []
+
+    def watch(name: str) -> None:
+        call = getattr(recorder, name)
+        setattr(recorder, name, lambda *a, **k: (order.append(name), call(*a, **k))[1])
+
+    watch("import_matplotlib")
+    watch("open_tracker")
+    train(recipe, folder)
+    return order
+
+
+@pytest.mark.parametrize(("every", "expected"), [(4, ["import_matplotlib", "open_tracker"]), (0, ["open_tracker"])])
+def test_what_draws_is_loaded_before_the_tracker_works(tmp_path: Path, every: int, expected: list[str]) -> None:
+    """While matplotlib is loaded by half, trackio drops every number it is given."""
+    changes = {"track": {"timeline_every": every}, "train": {"steps": 1}, "checkpoint": {"every": 0}}
+    assert run_ranks(_order_of_imports, 1, recipe_on("1x1x1", changes=changes), tmp_path) == [expected]
 
 
 # What cannot go on is refused by every rank, in words.

@@ -43,7 +43,7 @@ def tensors(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 
 def before_step(number: int, call: Callable[[], None]) -> None:
-    """In this rank, do something when the batch of a step has been read."""
+    """In this rank, do something when the batch of a step has been read; what is asked for later comes first."""
     backward, steps = NativeEngine.backward, iter(range(1, STEPS + 1))
 
     def called(engine: NativeEngine, *args: Any, **told: Any) -> StepResult:
@@ -80,8 +80,8 @@ def _train_and_die_in_a_step(recipe: Recipe, folder: Path, victim: int, step: in
         Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     if os.environ["RANK"] == str(victim):
-        before_step(step, light_the_fuse)
         before_step(STEPS, lambda: time.sleep(60))
+        before_step(step, light_the_fuse)
     train(recipe, folder)
 
 
