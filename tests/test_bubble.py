@@ -18,20 +18,30 @@ from cuboid.trainer.metrics import BubbleMeter, StepTimes, bubble, clock_offset
 
 RANKS, MICROBATCHES, SLOW = 4, 8, 2
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2}
+NAPS_TOLERANCE = 0.0125
+"""Actions take a little longer than the naps in them, the more so where others want the cores: about 0.006."""
 
 
 class SleepingStage(nn.Module):
-    """Sleeps ``seconds`` forward and as long backward: needs no core, so that 4 ranks on 2 cores do not disturb it."""
+    """Sleeps ``seconds`` forward and as long backward: needs no core, so that 4 ranks on 2 cores do not disturb it.
 
-    def __init__(self, number, seconds):
+    ``naps`` has when each sleep began and ended, by the stage's own look at the clock.
+    """
+
+    def __init__(self, seconds):
         super().__init__()
-        self.number, self.seconds = number, seconds
+        self.seconds, self.naps = seconds, []
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, *, position_ids):
-        time.sleep(self.seconds)
+        self.sleep()
         hidden = x if x.is_floating_point() else x[..., None].float()
         return SleepBackward.apply(hidden + self.weight, self)
+
+    def sleep(self):
+        began = time.monotonic()
+        time.sleep(self.seconds)
+        self.naps.append((began, time.monotonic()))
 
 
 class SleepBackward(torch.autograd.Function):
@@ -42,14 +52,14 @@ class SleepBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        time.sleep(ctx.stage.seconds)
+        ctx.stage.sleep()
         return grad, None
 
 
 def sleeping_pipeline(block, schedule):
     virtual_stages, place = SCHEDULES[schedule], block.coordinate
     indices = stage_indices(schedule, pipeline=RANKS, rank=place.pipeline, virtual_stages=virtual_stages)
-    modules = {i: SleepingStage(i, 0.0) for i in indices}
+    modules = {i: SleepingStage(0.0) for i in indices}
     pipeline = Pipeline(
         modules,
         schedule=schedule,
@@ -70,27 +80,46 @@ def nominal(schedule, seconds, slow_stage):
     return simulate(order(schedule, **sizes), sleeps)
 
 
-def sleep_through(block, schedule, seconds, slow_stage, tolerance):
-    """The bubble of a step (rank 0) with stage ``slow_stage`` taking twice as long.
+def is_as_simulated(result, simulation, tolerance):
+    shares = [1 - busy / simulation.wall for busy in simulation.busy]
+    return (
+        abs(result.measured - result.expected) < tolerance
+        and abs(result.measured - simulation.bubble) < tolerance
+        and result.by_rank == pytest.approx(shares, abs=2 * tolerance)
+    )
 
-    Other work on the machine delays those that sleep: up to five steps are tried for one that it left alone.
+
+def bubble_of_naps(naps):
+    """The bubble of a step from what its stages noted themselves; on every rank."""
+    by_rank = [None] * RANKS
+    torch.distributed.all_gather_object(by_rank, naps)
+    wall = max(stop for own in by_rank for _, stop in own) - min(start for own in by_rank for start, _ in own)
+    return 1 - sum(stop - start for own in by_rank for start, stop in own) / (RANKS * wall)
+
+
+def sleep_through(block, schedule, seconds, slow_stage, tolerance):
+    """Steps with stage ``slow_stage`` taking twice as long: of each, the measured `Bubble` (rank 0) and that of naps.
+
+    Other work on the machine delays those that sleep, and the bubble is then really larger: up to five steps are
+    tried for one that it left alone. What is measured must agree with the naps in every step.
     """
     pipeline, modules = sleeping_pipeline(block, schedule)
     meter = BubbleMeter(block, schedule=schedule, virtual_stages=SCHEDULES[schedule], microbatches=MICROBATCHES)
-    ids, expected = torch.zeros(MICROBATCHES, 2, dtype=torch.int64), nominal(schedule, seconds, slow_stage).bubble
+    ids, simulation = torch.zeros(MICROBATCHES, 2, dtype=torch.int64), nominal(schedule, seconds, slow_stage)
+    steps, enough = [], torch.tensor(False)
     for attempt in range(6):  # the first one, without sleep, opens connections
         for i, module in modules.items():
-            module.seconds = (2 if i == slow_stage else 1) * (seconds if attempt else 0.0)
+            module.seconds, module.naps = (2 if i == slow_stage else 1) * (seconds if attempt else 0.0), []
         pipeline.step(ids if pipeline.is_first else None, ids if pipeline.is_last else None, position_ids=ids)
         result = meter.measure(pipeline)
-        good = torch.tensor(False)
+        napped = bubble_of_naps([nap for module in modules.values() for nap in module.naps])
         if result is not None and attempt:
-            measured, simulated = result.bubble.measured, result.bubble.expected
-            good.fill_(max(abs(measured - simulated), abs(measured - expected)) < tolerance)
-        torch.distributed.broadcast(good, src=0)
-        if good:
+            steps.append((result.bubble, napped))
+            enough.fill_(len(steps) > 1 and any(is_as_simulated(found, simulation, tolerance) for found, _ in steps))
+        torch.distributed.broadcast(enough, src=0)
+        if enough:
             break
-    return result and result.bubble
+    return steps
 
 
 def sleep_through_all(seconds, tolerance):
@@ -104,14 +133,16 @@ def sleep_through_all(seconds, tolerance):
 
 def assert_measured_as_simulated(seconds, tolerance):
     results = run_ranks(sleep_through_all, RANKS, seconds, tolerance, timeout=60 + 1000 * seconds)[0]
-    for (schedule, slow), result in results.items():
-        simulation, words = nominal(schedule, seconds, slow), f"{schedule}, slow stage {slow}: {result}"
-        assert abs(result.measured - result.expected) < tolerance, words
-        assert abs(result.measured - simulation.bubble) < tolerance, words
+    for (schedule, slow), steps in results.items():
+        simulation, words = nominal(schedule, seconds, slow), f"{schedule}, slow stage {slow}: {steps}"
+        for found, napped in steps:
+            assert abs(found.measured - napped) < NAPS_TOLERANCE, words  # whatever else the machine did
+        undisturbed = [found for found, _ in steps if is_as_simulated(found, simulation, tolerance)]
+        assert undisturbed, words
         sizes = {"pipeline": RANKS, "virtual_stages": SCHEDULES[schedule], "microbatches": MICROBATCHES}
-        assert result.ideal == ideal_bubble(schedule, **sizes)
-        assert result.slow_stage == slow, words
-        assert result.by_rank == pytest.approx([1 - busy / simulation.wall for busy in simulation.busy], abs=0.05)
+        for result in undisturbed:
+            assert result.ideal == ideal_bubble(schedule, **sizes)
+            assert result.slow_stage == slow, words
 
 
 def test_sleeping_stages_are_measured_as_simulated():
@@ -213,6 +244,7 @@ def columns_measured(one_host):
             metrics._host = lambda: f"host {block.rank}"
         sizes = {"pipeline": 2, "virtual_stages": 1, "microbatches": 4}
         meter = BubbleMeter(block, schedule="1f1b", virtual_stages=1, microbatches=4)
+        assert meter._spans_hosts is not one_host, "what is asked for is what is tried"
         own = as_simulated("1f1b", unequal, delay=0.5 * block.coordinate.data, **sizes)[block.coordinate.pipeline]
         return meter.measure(Newest(own, entered_seconds=99.0))
 
