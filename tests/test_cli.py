@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from math import log
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,8 @@ def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path, l
     with open_run_folder(calm, "auto") as folder:
         assert run_ranks(train, 2, calm, folder) == [None, None]
     losses = [record["loss"] for record in read_metrics(folder)]
+    assert abs(losses[0] - log(264)) < 0.3  # of the last stage, as the first one's driver tells it
+    assert losses[-1] < losses[0] - 0.5
 
     folder, script = tmp_path / "runs/mini", Path(sys.executable).with_name("cuboid")
     words = [str(script), "train", "mini.yaml", *stages, "--launcher", launcher, "--fresh"]
@@ -225,9 +228,8 @@ def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path, l
     lines = out.splitlines()
     assert f"going on after step {again}" in lines
     told = [(int(step), loss) for step, loss in re.findall(r"^step (\d+)/120  loss (\S+)  .* tokens/s ", out, re.M)]
-    assert told
     assert all(loss == f"{losses[step - 1]:.4f}" for step, loss in told)
-    assert {step for step, _ in told} == set(range(1, stopped + 1))
+    assert {step for step, _ in told} >= set(range(1, stopped + 1))  # and steps that the kill undid
 
     overrides = [*stages, f"launch.launcher={launcher}"]
     assert lines[-1] == f"go on with: {script} train mini.yaml {' '.join(overrides)}"
