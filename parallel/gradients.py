@@ -47,7 +47,8 @@ def close_sums(parameters: Iterable[nn.Parameter]) -> None:
 class TiedWeights:
     """Copies of a tied embedding on the first and the last stage: their gradients are summed, so they stay equal.
 
-    Both copies start from the same values and take the same update, bit for bit.
+    On two ranks both copies start from the same values and take the same update, bit for bit. On one rank, where a
+    V-shaped schedule lays both stages, the embedding alone is updated and saved, and the head follows it.
     """
 
     def __init__(self, stages: Sequence[Stage], block: Block) -> None:
@@ -56,19 +57,34 @@ class TiedWeights:
         self.second: nn.Parameter | None = None
         """This rank's where it is the head: the embedding itself counts in the norm, this one does not."""
         self.group: dist.ProcessGroup | None = None
+        self.followed: nn.Parameter | None = None
+        """The embedding, where its copy, ``second``, stands on this rank too."""
         anatomy = stages[0].anatomy
-        column = dist.get_process_group_ranks(block.mesh["pipeline"].get_group())
-        ends = (column[0], column[-1])
-        if not anatomy.tied or len(column) == 1 or block.rank not in ends:
-            return
         names = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
-        self.second = names.get(anatomy.head_weight)
-        self.copy = names.get(anatomy.embedding_weight, self.second)
-        self.group = dist.new_group(list(ends), timeout=block.timeout, use_local_synchronization=True)
+        embedding, head = names.get(anatomy.embedding_weight), names.get(anatomy.head_weight)
+        column = dist.get_process_group_ranks(block.mesh["pipeline"].get_group())
+        if not anatomy.tied or len(column) == 1 or (embedding is None and head is None):
+            return
+        self.second = head
+        if embedding is not None and head is not None:
+            self.followed = embedding
+            return
+        self.copy = head if embedding is None else embedding
+        self.group = dist.new_group([column[0], column[-1]], timeout=block.timeout, use_local_synchronization=True)
 
     def sum_gradients(self) -> None:
+        """After the schedule: every copy that is updated gets the gradient of all."""
         if self.group is not None and self.copy is not None:
             dist.all_reduce(local_gradient(self.copy), group=self.group)
+        if self.followed is not None and self.second is not None:
+            local_gradient(self.followed).add_(local_gradient(self.second))
+            self.second.grad = None
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After the embedding's values have changed: a head on the same rank takes them."""
+        if self.followed is not None and self.second is not None:
+            local(self.second).copy_(local(self.followed))
 
 
 def replicas(tensor: Tensor, sizes: Mapping[str, int]) -> int:

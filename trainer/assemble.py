@@ -25,6 +25,8 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
     stages = build_stages(recipe, block, blueprint, weights)
     parameters = named_parameters(stages)
+    tied = TiedWeights(stages, block)
+    tied.follow()
     # after the values: the optimizer works on views of the final shards
     optimizer = ShardedAdamW(parameters, recipe.optimizer)
     loss = SummedCrossEntropy(block.mesh["tensor"].get_group())
@@ -41,7 +43,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         pipeline=pipeline,
         loss=loss,
         parameters=parameters,
-        tied=TiedWeights(stages, block),
+        tied=tied,
         optimizer=optimizer,
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
     )
@@ -86,10 +88,13 @@ def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
 
 
 def named_parameters(stages: list[Stage]) -> list[tuple[str, nn.Parameter]]:
-    """Every parameter of this rank under its global name; a tied copy comes under the embedding's."""
-    return [
-        (stage.anatomy.global_name(name), parameter) for stage in stages for name, parameter in stage.named_parameters()
-    ]
+    """Every parameter of this rank under its global name; a tied copy comes under the embedding's. Where both stand on
+    this rank, the first is meant: `TiedWeights.follow` gives the other its values."""
+    named: dict[str, nn.Parameter] = {}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            named.setdefault(stage.anatomy.global_name(name), parameter)
+    return list(named.items())
 
 
 def reshards_after_forward(recipe: Recipe) -> bool:

@@ -138,12 +138,17 @@ def _batch_errors(recipe: Recipe) -> Iterator[UserError]:
         yield FieldError("optimizer.warmup_steps", warmup, f"is more than train.steps={steps}", remedy)
 
 
-def _schedule_errors(recipe: Recipe) -> list[UserError]:
+def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
     name = recipe.parallel.schedule
     if SCHEDULES[name].looped and recipe.parallel.pipeline == 1:
         constraint = "has nothing to interleave on 1 pipeline rank"
-        return [FieldError("parallel.schedule", name, constraint, "use 1f1b, or parallel.pipeline=2 or more")]
-    return SCHEDULES[recipe.parallel.schedule].check(
+        yield FieldError("parallel.schedule", name, constraint, "use 1f1b, or parallel.pipeline=2 or more")
+        return
+    if SCHEDULES[name].splits_backward and recipe.parallel.reshard is True:
+        # FSDP would free the parameters between the two halves of a backward, and the second read what is not there
+        constraint = f"frees parameters that {name} needs again for the weight gradients"
+        yield FieldError("parallel.reshard", "true", constraint, "use auto or false")
+    yield from SCHEDULES[name].check(
         pipeline=recipe.parallel.pipeline,
         virtual_stages=virtual_stages(recipe),
         microbatches=recipe.parallel.microbatches,

@@ -95,6 +95,12 @@ class NativeEngine:
         if self.clip_grad_norm is not None:
             clip((p for _, p in self.parameters), norm=result.grad_norm, limit=self.clip_grad_norm)
         self.optimizer.step(learning_rate)
+        self.tied.follow()
+
+    def resume_at(self, step: int) -> None:
+        """Go on after ``step`` updates with the values that were loaded into `tensors`."""
+        self.optimizer.set_step(step)
+        self.tied.follow()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds as tensors, by global name; loading writes into these."""

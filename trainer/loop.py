@@ -167,7 +167,7 @@ def resume(run: Run) -> None:
         raise UserError(f"{words}; start anew with --fresh")
     load(path, run.engine.tensors())
     run.step = run.saved = facts["step"]
-    run.engine.optimizer.set_step(run.step)
+    run.engine.resume_at(run.step)
     run.recorder.open(step=run.step, run_id=facts["run_id"])
 
 

@@ -149,9 +149,8 @@ class ParallelSettings(Settings):
     """Ranks along which the layers are laid."""
     expert: Annotated[Count, Offered((1,))] = 1
     """Ranks that share the experts; divides data x tensor and adds no ranks."""
-    schedule: Annotated[
-        Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipe_v"],
-        Offered(("gpipe", "1f1b", "interleaved_1f1b")),
+    schedule: Literal[
+        "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipe_v"
     ] = "1f1b"
     """Order of a pipeline rank's actions."""
     microbatches: Count = 1
