@@ -41,12 +41,46 @@ class Anatomy:
         return self.embedding_weight if self.tied and name == self.head_weight else name
 
 
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Consecutive layers for each stage, as even as the count allows; the first stages take the remainder, because the
-    last one also computes the head."""
-    assert 1 <= num_stages <= num_layers, f"{num_layers} layers cannot fill {num_stages} stages"
-    share, remainder = divmod(num_layers, num_stages)
-    bounds = [stage * share + min(stage, remainder) for stage in range(num_stages + 1)]
+@dataclass(frozen=True)
+class Costs:
+    """What each part of a model costs in one microbatch, forward and backward, in one unit (such as FLOPs)."""
+
+    layers: Sequence[float]
+    embedding: float = 0.0
+    """Computed by the first stage beside its layers."""
+    head: float = 0.0
+    """With the final norm and the loss; computed by the last stage beside its layers."""
+
+    def of(self, split: Sequence[range]) -> list[float]:
+        """The cost of each stage."""
+        costs = [sum(self.layers[layer] for layer in layers) for layers in split]
+        costs[0] += self.embedding
+        costs[-1] += self.head
+        return costs
+
+
+def split_layers(costs: Costs, num_stages: int) -> list[range]:
+    """Consecutive layers for each stage, at least one, so that the costliest stage costs as little as can be; among
+    such splits the most even one (least sum of squares), and then the one with more layers in front."""
+    count = len(costs.layers)
+    assert 1 <= num_stages <= count, f"{count} layers cannot fill {num_stages} stages"
+    # best[stop]: of the first `stop` layers the costliest stage, the sum of squares, and where the stages end: negated,
+    # so that of two equal splits the smaller tuple is the one with more layers in front
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(num_stages):
+        is_last = stage == num_stages - 1
+        beside = (costs.embedding if stage == 0 else 0.0) + (costs.head if is_last else 0.0)
+        stops = [count] if is_last else range(stage + 1, count - (num_stages - stage - 1) + 1)
+        longer = {}
+        for stop in stops:
+            options = []
+            for start, (most, squares, bounds) in best.items():
+                if start < stop:
+                    cost = beside + sum(costs.layers[start:stop])
+                    options.append((max(most, cost), squares + cost * cost, (*bounds, -stop)))
+            longer[stop] = min(options)
+        best = longer
+    bounds = [0, *(-bound for bound in best[count][2])]
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
@@ -108,15 +142,13 @@ class Stage(nn.Module):
         return hidden
 
 
-def cut_stage(
-    model: nn.Module, stage: int, num_stages: int, *, anatomy: Anatomy, masks: Callable[[Tensor], Masks]
-) -> Stage:
-    """The part of ``model`` that stage ``stage`` of ``num_stages`` computes.
+def cut_stage(model: nn.Module, layers: Sequence[int], *, anatomy: Anatomy, masks: Callable[[Tensor], Masks]) -> Stage:
+    """The part of ``model`` with these consecutive layers; with the first comes the embedding, with the last the head.
 
     A tied head that stands alone on its stage gets a parameter of its own; `gradients.TiedWeights` keeps the copies
     equal. On one stage the tie stays one parameter.
     """
-    part = Stage(model, split_layers(len(anatomy.layer_kinds), num_stages)[stage], anatomy=anatomy, masks=masks)
+    part = Stage(model, layers, anatomy=anatomy, masks=masks)
     if anatomy.tied and part.is_last and not part.is_first:
         shared = part.get_parameter(anatomy.head_weight)
         copy = nn.Parameter(torch.empty_like(shared), requires_grad=shared.requires_grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
 from torch import nn
 
@@ -11,11 +13,18 @@ from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.parallel.schedules import stage_indices
-from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage
+from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.engine import NativeEngine
-from cuboid.trainer.model import Blueprint, initialise_buffers, local_folder, seeded_tensors, tensor_plan
+from cuboid.trainer.model import (
+    Blueprint,
+    estimate_costs,
+    initialise_buffers,
+    local_folder,
+    seeded_tensors,
+    tensor_plan,
+)
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
@@ -51,12 +60,12 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
 
 def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> list[Stage]:
     """This rank's stages, divided over tensor and data, with their first values."""
-    settings, num_stages = recipe.parallel, recipe.parallel.pipeline * virtual_stages(recipe)
+    settings, split = recipe.parallel, layers_of_stages(recipe, blueprint)
     plan = tensor_plan(blueprint) if settings.tensor > 1 else {}
     stages = []
     for index in _stage_indices(recipe, block):
         # cut on meta first: nothing that this rank does not compute ever takes memory
-        stage = cut_stage(blueprint.model, index, num_stages, anatomy=blueprint.anatomy, masks=blueprint.masks)
+        stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
         apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
         # before sharding, so that a layer's parameters are gathered once around its recomputation
@@ -75,6 +84,17 @@ def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: Co
         stages.append(stage)
     fill(named_parameters(stages), weights)
     return stages
+
+
+def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:
+    """Which layers each stage computes: as the recipe says, or balanced by estimated cost."""
+    if recipe.parallel.layers is not None:
+        bounds = [0, *accumulate(recipe.parallel.layers)]
+        return [range(start, stop) for start, stop in pairwise(bounds)]
+    costs = estimate_costs(
+        blueprint, sequences=recipe.batch_plan.microbatch_size, sequence_length=recipe.data.sequence_length
+    )
+    return split_layers(costs, recipe.parallel.pipeline * virtual_stages(recipe))
 
 
 def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:

@@ -221,6 +221,11 @@ def _tensor_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
 
 def _stage_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:
     layers, pipeline, virtual = config.num_hidden_layers, recipe.parallel.pipeline, virtual_stages(recipe)
+    split = recipe.parallel.layers
+    if split is not None and (len(split) != pipeline * virtual or sum(split) != layers):
+        constraint = f"lays {sum(split)} layers on {len(split)} stages, but there are {layers} and {pipeline * virtual}"
+        remedy = f"give {pipeline * virtual} numbers whose sum is {layers}, or null"
+        yield FieldError("parallel.layers", list(split), constraint, remedy)
     if pipeline * virtual <= layers:
         return
     made = (

@@ -76,7 +76,8 @@ def _difference(config: transformers.PretrainedConfig) -> float:
     positions = torch.arange(16).repeat(2, 1)
     positions[1, 7:] -= 7
     blueprint = Blueprint(config, model, find_parts(model))
-    stage = cut_stage(model, 0, 1, anatomy=blueprint.anatomy, masks=blueprint.masks)
+    every = range(len(blueprint.anatomy.layer_kinds))
+    stage = cut_stage(model, every, anatomy=blueprint.anatomy, masks=blueprint.masks)
     expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     found = stage(ids, position_ids=positions)
     return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
-from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Dataset, prepare
 from cuboid.trainer.engine import NativeEngine, NotFinite, StepResult
@@ -133,7 +133,9 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         if recipe.checkpoint.every:
             checkpointer.prepare(engine.tensors())
         resume(run)
-        recorder.started(run.step, versions=versions, attention=blueprint.model.config._attn_implementation)
+        layers = [len(stage) for stage in layers_of_stages(recipe, blueprint)]
+        attention = blueprint.model.config._attn_implementation
+        recorder.started(run.step, versions=versions, attention=attention, layers_of_stages=layers)
         yield run
         checkpointer.close()
     except BaseException:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from cuboid.parallel.errors import FieldError, UserError
-from cuboid.parallel.stages import Anatomy, Masks
+from cuboid.parallel.stages import Anatomy, Costs, Masks
 from cuboid.parallel.tensor import Plan, Role, pattern
 
 _ROLES = {
@@ -24,6 +24,11 @@ _ROLES = {
     "replicated_with_grad_allreduce": Role.HEADS,
 }
 """What transformers' plans call the roles; a style that is not here is refused by name."""
+
+
+_FLOPS_FOR_A_TOUCH = 100.0
+"""What each element of an embedding costs in a microbatch: its dense gradient is cleared and added up, which moves
+memory; in the time of one element a core or a GPU multiplies about this often."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,32 @@ def tensor_plan(blueprint: Blueprint) -> Plan:
         constraint = f"cannot divide modules of {config.model_type} yet: {', '.join(named)}"
         raise FieldError("parallel.tensor", "2 or more", constraint, "use parallel.tensor=1")
     return plan
+
+
+def estimate_costs(blueprint: Blueprint, *, sequences: int, sequence_length: int) -> Costs:
+    """FLOPs of each part in one microbatch, forward and backward: 6 for each token and weight of a matrix product (2
+    forward, 4 backward: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1), and the two
+    products of causal attention, of which half is masked."""
+    anatomy, config = blueprint.anatomy, blueprint.config
+    tokens = sequences * sequence_length
+
+    def products(module: nn.Module) -> float:
+        return 6.0 * tokens * sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+
+    base = blueprint.model.get_submodule(anatomy.base)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    seen = dict.fromkeys(_MASKS, sequence_length)
+    if window := getattr(config, "sliding_window", None):
+        seen["sliding_attention"] = min(window, sequence_length)
+    layers = [
+        products(layer) + 6.0 * tokens * seen[kind] * width
+        for layer, kind in zip(base.get_submodule(anatomy.layers).children(), anatomy.layer_kinds, strict=True)
+    ]
+    rows = base.get_submodule(anatomy.embedding).get_parameter("weight").numel()
+    return Costs(
+        layers, embedding=_FLOPS_FOR_A_TOUCH * rows, head=products(blueprint.model.get_submodule(anatomy.head))
+    )
 
 
 def seeded_tensors(blueprint: Blueprint, *, seed: int) -> Callable[[str], Tensor]:

@@ -157,6 +157,8 @@ class ParallelSettings(Settings):
     """Parts into which each data rank's share of the global batch is cut."""
     virtual_stages: Count | None = None
     """Stages that each pipeline rank holds; null: what the schedule needs."""
+    layers: Annotated[tuple[Count, ...], Strict(False), Field(min_length=1)] | None = None
+    """Layers of each stage, in the order of the stages; null: so that each costs about the same, the head included."""
     sequence: bool = True
     """Sequence parallelism beside tensor parallelism: norms and residuals divided along the sequence."""
     shard: Annotated[bool | Count, Offered((True, False))] = True
