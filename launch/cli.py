@@ -36,6 +36,13 @@ class Launcher(StrEnum):
     local = "local"
 
 
+class Shrink(StrEnum):
+    """How small `verify` makes the model."""
+
+    auto = "auto"
+    none = "none"
+
+
 class Format(StrEnum):
     """What an export makes."""
 
@@ -100,21 +107,24 @@ def _recipe_names(incomplete: str) -> list[str]:
     return [name for name in shipped_recipes() if name.startswith(incomplete)] + files
 
 
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.", autocompletion=_recipe_names
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Fields of the recipe, as parallel.tensor=4; a mapping replaces the whole value."
+    ),
+]
+
+
 @app.command()
 def train(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.", autocompletion=_recipe_names
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Fields of the recipe, as parallel.tensor=4; a mapping replaces the whole value.",
-        ),
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     launcher: Annotated[Launcher | None, typer.Option(help="ray, or local processes without Ray.")] = None,
     resume: Annotated[
         bool | None,
@@ -132,6 +142,23 @@ def train(
 
         chosen = [f"launch.launcher={launcher.value}"] if launcher else []
         code = training.train(recipe, [*(overrides or ()), *chosen], resume=resume)
+    raise typer.Exit(code)
+
+
+@app.command()
+def verify(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    shrink: Annotated[
+        Shrink, typer.Option(help="auto: few narrow layers and short sequences; none: the recipe's own model.")
+    ] = Shrink.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the table.")] = False,
+) -> None:
+    """Prove that the recipe's mesh computes the numbers of one process; exit code 1 where it does not."""
+    with told():
+        from cuboid.launch import verify as verification
+
+        code = verification.verify(recipe, overrides or (), shrink=shrink is Shrink.auto, as_json=as_json)
     raise typer.Exit(code)
 
 
@@ -174,8 +201,8 @@ def inspect(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run fo
         print_inspection(path)
 
 
-@checkpoint_app.command()
-def verify(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")]) -> None:
+@checkpoint_app.command("verify")
+def verify_checkpoint(path: Annotated[Path, typer.Argument(help="A checkpoint, or a run for its newest.")]) -> None:
     """Check every byte of a checkpoint against its manifest; exit code 1 where one is wrong."""
     with told():
         from cuboid.launch.reports import print_verification

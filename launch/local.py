@@ -30,19 +30,20 @@ _SETTLE_SECONDS = 2.0
 _KINDS = {code: kind for kind, code in EXIT_CODES.items()}
 
 
-def launch(recipe: Recipe, folder: Path, *, train: Train | None = None) -> int:
+def launch(recipe: Recipe, folder: Path, *, train: Train | None = None, quiet: bool = False) -> int:
     """Run the recipe as forked processes of this machine; returns the command's exit code.
 
     Args:
         recipe: resolved.
         folder: the run's folder.
         train: what each rank runs; the training loop unless something else is launched.
+        quiet: show nothing but failures.
 
     Raises:
         UserError: the run's folder cannot be written.
     """
     folder = folder.absolute()
-    return drive(recipe, folder, partial(_host, recipe, folder, train))
+    return drive(recipe, folder, partial(_host, recipe, folder, train), quiet=quiet)
 
 
 def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:

@@ -34,12 +34,13 @@ _SMOOTHED_STEPS = 20
 
 
 class Screen:
-    """Follows a run's folder and shows it. Metrics of an earlier launch are not shown again."""
+    """Follows a run's folder and shows it; ``quiet`` shows failures alone. Metrics of an earlier launch are not shown
+    again."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False) -> None:
         self.folder, self._steps, self._every = folder, recipe.train.steps, recipe.train.log_every
         self._tail = Tail(folder, from_start=False)
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, quiet=quiet)
         self._bar: Progress | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SMOOTHED_STEPS)
         self.steps_done = 0

@@ -35,8 +35,9 @@ _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def drive(recipe: Recipe, folder: Path, host: Host) -> int:
-    """Run ``host`` in its own process and session until it ends; returns the command's exit code.
+def drive(recipe: Recipe, folder: Path, host: Host, *, quiet: bool = False) -> int:
+    """Run ``host`` in its own process and session until it ends; returns the command's exit code. ``quiet`` shows
+    nothing but failures.
 
     The first Ctrl-C, SIGTERM or SIGUSR1 asks the ranks to save and end, a second Ctrl-C ends everything at once.
 
@@ -44,7 +45,7 @@ def drive(recipe: Recipe, folder: Path, host: Host) -> int:
         UserError: the run's folder cannot be written.
     """
     log = _open_folder(folder)
-    screen = Screen(recipe, folder)
+    screen = Screen(recipe, folder, quiet=quiet)
     log.event("launch", command_time=_command_time(), launcher=recipe.launch.launcher, name=recipe.name)
     with _signals() as received, _hosted(host, folder) as (process, receiver), screen:
         try:

@@ -6,30 +6,17 @@ would leave out in silence.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import transformers
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.stages import cut_stage
 from cuboid.trainer.model import Blueprint, find_parts
+from cuboid.trainer.shrink import shrink_config
 
 PROVEN = frozenset({"llama", "qwen3"})
 """Families that the project's own tests prove on every mesh; the others are tried on a shrunk twin at each start."""
 _TOLERANCE = 1e-4
-_SMALL = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "vocab_size": 64,
-    "sliding_window": 5,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 def check_family(config: transformers.PretrainedConfig) -> None:
@@ -37,7 +24,8 @@ def check_family(config: transformers.PretrainedConfig) -> None:
     if config.model_type in PROVEN:
         return
     try:
-        difference = _difference(_shrunk(config))
+        kinds = set(getattr(config, "layer_types", None) or [0])
+        difference = _difference(shrink_config(config, tensor=1, layers=2 * len(kinds)))
     except FieldError:
         raise
     except Exception as error:  # a family may fail in any way on a shape that it was not made for
@@ -49,19 +37,6 @@ def check_family(config: transformers.PretrainedConfig) -> None:
 def _refusal(config: transformers.PretrainedConfig, constraint: str) -> FieldError:
     remedy = "use a family that works, such as llama, qwen3, mistral or qwen2"
     return FieldError("model.model_type", config.model_type, constraint, remedy)
-
-
-def _shrunk(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
-    """The same family and options with few small layers, one of each kind that there is."""
-    tiny = copy.deepcopy(config)
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"])) * 2
-    for name, value in _SMALL.items():
-        if getattr(config, name, None) is not None:
-            setattr(tiny, name, value)
-    tiny.num_hidden_layers = len(kinds)
-    if getattr(config, "layer_types", None):
-        tiny.layer_types = kinds
-    return tiny
 
 
 @torch.no_grad()

@@ -73,6 +73,15 @@ def draw_blueprint(config: transformers.PretrainedConfig, *, attention: str = "a
     return Blueprint(config, model.train(), find_parts(model))
 
 
+def whole_model(blueprint: Blueprint) -> transformers.PreTrainedModel:
+    """The model as transformers computes it, in this process's memory, with values that are still to be set."""
+    attention = blueprint.model.config._attn_implementation
+    model = transformers.AutoModelForCausalLM.from_config(
+        blueprint.config, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.train()
+
+
 def find_parts(model: transformers.PreTrainedModel) -> Anatomy:
     """Check that the model has the parts that a stage computes, and nothing beside them."""
     config = model.config

@@ -1,0 +1,61 @@
+"""The `verify` command: one process against the recipe's mesh, on this machine's CPU, and the verdict as a table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from cuboid.launch import local
+from cuboid.launch.training import checked_recipe
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.verify import STEPS, TOLERANCE, Verdict, reference, run_mesh, small_recipe, verdict
+
+_CPU = ("launch.launcher=local", "launch.device=cpu", "launch.max_failures=0")
+
+
+def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) -> int:
+    """Compare and print; returns the command's exit code.
+
+    Raises:
+        UserError: the recipe cannot run so, in the same words as for `train`.
+    """
+    original = checked_recipe(name, [*overrides, *_CPU])
+    recipe = small_recipe(original) if shrink else original
+    expected = reference(recipe, original)
+    folder = Path(tempfile.mkdtemp(prefix="cuboid-verify-"))
+    code = local.launch(recipe, folder, train=partial(run_mesh, expected=expected), quiet=True)
+    if code:
+        return code  # what the ranks said stays in the folder, which the failure's words name
+    found = verdict(folder)
+    shutil.rmtree(folder)
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        _print(found, recipe, shrunk=shrink)
+    return 0 if found.passed else 1
+
+
+def _print(found: Verdict, recipe: Recipe, *, shrunk: bool) -> None:
+    layers = f", shrunk to {recipe.model.config['num_hidden_layers']} layers" if shrunk and recipe.model.config else ""
+    print(f"one process against {found.mesh}{layers}")
+    print(f"{'largest difference of':<24}{'found':>9}  {'allowed':>7}  where")
+    for words, value, limit, where in (
+        ("the loss", found.loss_rel, "loss_rel", f"in {STEPS} steps"),
+        ("the gradient norm", found.grad_norm_rel, "grad_norm_rel", f"in {STEPS} steps"),
+        ("a parameter's gradient", found.worst_gradient[1], "gradient_rel", found.worst_gradient[0]),
+        ("a parameter's update", found.worst_update[1], "update_rel", found.worst_update[0]),
+    ):
+        mark = "" if value <= TOLERANCE[limit] else "  <- too much"
+        print(f"{words:<24}{value:>9.1e}  {TOLERANCE[limit]:>7.0e}  {where}{mark}")
+    for kind, names in (("gradient", found.missing_gradients), ("place on any rank", found.missing_parameters)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            print(f"no {kind}: {', '.join(names[:5])}{more}")
+    print("the same numbers" if found.passed else "NOT the same numbers")
+    print(
+        "allowed is float32 rounding (sums in another order), and more for updates: AdamW makes small gradients count"
+    )

@@ -1,0 +1,147 @@
+"""`cuboid verify`: a mesh that computes the numbers of one process passes; every planted fault is found and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers  # noqa: F401  (its log handler keeps the stream that it finds first; not the runner's)
+from torch.distributed.tensor import Replicate
+from typer.testing import CliRunner
+
+from cuboid.launch import cli
+from cuboid.launch import verify as verification
+from cuboid.parallel import gradients, tensor
+from cuboid.trainer import assemble, engine
+
+RECIPE = """\
+name: small
+model:
+  config:
+    model_type: {family}
+    vocab_size: 264
+    hidden_size: 64
+    intermediate_size: 128
+    num_hidden_layers: 12
+    num_attention_heads: 8
+    num_key_value_heads: 4
+    tie_word_embeddings: true
+    bos_token_id: null
+    eos_token_id: 256
+data: {{kind: text, path: text.txt, tokenizer: bytes, sequence_length: 64}}
+parallel: {{pipeline: 2, data: 2, tensor: 2, microbatches: 4}}
+train: {{steps: 30, global_batch: 32}}
+track: {{to: none}}
+launch: {{launcher: local, device: cpu}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "text.txt").write_text("All that is gold does not glitter, not all those who wander are lost. " * 60)
+
+
+Verify = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def verify(capfd: pytest.CaptureFixture[str]) -> Verify:
+    """The command in this process, so that forked ranks inherit what was planted: exit code, and what it printed."""
+
+    def run(*overrides: str, family: str = "llama", shrink: bool = True, as_json: bool = False) -> tuple[int, str]:
+        Path("small.yaml").write_text(RECIPE.format(family=family))
+        code = verification.verify("small.yaml", overrides, shrink=shrink, as_json=as_json)
+        return code, "".join(capfd.readouterr())
+
+    return run
+
+
+def test_a_right_mesh_passes_as_json(verify: Verify) -> None:
+    code, printed = verify(as_json=True)
+    found = json.loads(printed)
+    assert code == 0
+    assert found["pass"] is True
+    assert found["mesh"] == "pipeline 2 x data 2 x tensor 2, 1f1b, 4 microbatches, llama"
+    assert 0 < found["worst_gradient"]["rel"] <= found["tolerance"]["gradient_rel"] == 1e-5
+    assert found["loss_rel"] <= 1e-6
+    assert found["grad_norm_rel"] <= 1e-5
+    assert 0 < found["weights_rel"] <= 1e-3
+    assert found["missing_gradients"] == []
+
+
+def test_the_recipes_own_model_is_compared_where_it_is_not_shrunk(verify: Verify) -> None:
+    code, printed = verify(
+        "parallel.tensor=1", "parallel.schedule=zbv", "model.config.num_hidden_layers=5", shrink=False
+    )
+    assert code == 0, printed
+    assert "the same numbers" in printed
+    assert "shrunk" not in printed
+
+
+def test_a_recipe_that_cannot_run_is_refused_as_by_train() -> None:
+    Path("small.yaml").write_text(RECIPE.format(family="llama"))
+    done = CliRunner().invoke(cli.app, ["verify", "small.yaml", "parallel.tensor=3"])
+    assert done.exit_code == 2
+    assert "parallel.tensor=3 does not divide" in done.stderr
+
+
+def mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each data rank divides by its own tokens."""
+
+    def count(self: engine.NativeEngine, labels: Any) -> int:
+        return int((labels != engine.IGNORE).sum()) * self.block.layout.data
+
+    monkeypatch.setattr(engine.NativeEngine, "_count_tokens", count)
+
+
+def norm_left_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor rank's norm within heads takes the gradient of its own heads for the whole."""
+    wrap = {**tensor._WRAP, tensor.Role.HEADS: lambda module, *_: tensor._wrap_local(module, Replicate())}
+    monkeypatch.setattr(tensor, "_WRAP", wrap)
+
+
+def all_reduce_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies of a tied embedding keep their own gradients."""
+    monkeypatch.setattr(gradients.TiedWeights, "sum_gradients", lambda self: None)
+
+
+def stage_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stage's layers take no gradient."""
+    build = assemble.build_stages
+
+    def frozen(*arguments: Any) -> Any:
+        stages = build(*arguments)
+        for stage in stages:
+            for parameter in stage.layers.parameters():
+                parameter.requires_grad_(not stage.is_first)
+        return stages
+
+    monkeypatch.setattr(assemble, "build_stages", frozen)
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (mean_of_means, "the loss"),
+        (norm_left_plain, "k_norm.weight  <- too much"),
+        (all_reduce_forgotten, "model.embed_tokens.weight  <- too much"),
+        (stage_not_trained, "no gradient: model.layers.0."),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_planted_faults_are_found(
+    verify: Verify, plant: Callable[[pytest.MonkeyPatch], None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    code, printed = verify(family="qwen3")
+    assert code == 1, printed
+    assert "NOT the same numbers" in printed
+    assert words in printed
+    assert words != "the loss" or next(line for line in printed.splitlines() if line.startswith(words)).endswith(
+        "too much"
+    )

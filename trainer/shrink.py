@@ -1,0 +1,72 @@
+"""A recipe's model made small enough to be tried at once: the same family and options, few narrow layers."""
+
+from __future__ import annotations
+
+import copy
+from math import lcm
+from typing import TYPE_CHECKING
+
+from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.recipe import ModelSettings, Recipe
+
+if TYPE_CHECKING:
+    from cuboid.trainer.model_config import PretrainedConfig
+
+_HEAD = 8
+_TOKENS = 16
+
+
+def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int) -> PretrainedConfig:
+    """The same family with ``layers`` small layers, of all kinds in turn, that divide by ``tensor``."""
+    small = copy.deepcopy(config)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    share = 1 if kv_heads is None else min(config.num_attention_heads // kv_heads, 2)
+    heads = share * lcm(2, tensor)
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // share,
+        "head_dim": _HEAD,
+        "hidden_size": heads * _HEAD,
+        "intermediate_size": 6 * lcm(_HEAD, tensor),
+        "vocab_size": 8 * lcm(_HEAD, tensor),
+        "sliding_window": 5,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    for name, value in sizes.items():
+        if getattr(config, name, None) is not None:
+            setattr(small, name, value)
+    small.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        small.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
+    return small
+
+
+def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
+    """The recipe with such a model, drawn from the seed, and short sequences; mesh, schedule, microbatches and all that
+    is turned on stay."""
+    parallel = recipe.parallel
+    stages, kinds = parallel.pipeline * virtual_stages(recipe), len(set(getattr(config, "layer_types", None) or [0]))
+    layers = config.num_hidden_layers if parallel.layers else min(config.num_hidden_layers, max(stages + 1, 2 * kinds))
+    small = shrink_config(config, tensor=parallel.tensor, layers=max(layers, stages))
+    values = {key: value for key, value in small.to_diff_dict().items() if key not in _NOT_VALUES}
+    plan = recipe.batch_plan
+    return recipe.model_copy(
+        update={
+            "model": ModelSettings(
+                config={**values, "model_type": config.model_type}, attention=recipe.model.attention
+            ),
+            "data": recipe.data.model_copy(
+                update={"sequence_length": min(recipe.data.sequence_length, lcm(_TOKENS, parallel.tensor))}
+            ),
+            "train": recipe.train.model_copy(
+                update={"global_batch": plan.data * plan.microbatches * min(plan.microbatch_size, 2)}
+            ),
+        }
+    )
+
+
+_NOT_VALUES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map")
+"""Of a config: what is said beside the model's own values."""
