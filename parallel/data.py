@@ -10,7 +10,10 @@ from cuboid.parallel.stages import Stage
 
 
 def apply_data_parallel(stage: Stage, mesh: DeviceMesh, *, shard: bool, reshard_after_forward: bool) -> None:
-    """Shard or replicate ``stage`` in place over ``mesh`` (one-dimensional), layer by layer.
+    """Shard or replicate ``stage`` in place over ``mesh``, layer by layer.
+
+    ``mesh`` has one dimension, or two: replicated over the first and sharded over the second (Zhao et al. 2023,
+    "PyTorch FSDP", section 3.2.2, hybrid sharding).
 
     Gradients are summed, not averaged: the loss is already divided by the tokens of the whole global batch. With
     ``reshard_after_forward`` a layer's full parameters live only while it computes; without, until the step's last

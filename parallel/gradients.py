@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -87,27 +88,25 @@ class TiedWeights:
             local(self.second).copy_(local(self.followed))
 
 
-def replicas(tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    """How many ranks of one pipeline coordinate hold the same values; ``sizes``: of the data and tensor axes."""
-    count = 1
-    names = (tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
-    placements = tensor.placements if isinstance(tensor, DTensor) else ()
-    divided = {axis for axis, placement in zip(names, placements, strict=True) if not placement.is_replicate()}
-    for axis, size in sizes.items():
-        count *= 1 if axis in divided else size
-    return count
+def replicas(tensor: Tensor, ranks: int) -> int:
+    """How many of the ``ranks`` of one pipeline coordinate (data x tensor) hold the same values as this one."""
+    if not isinstance(tensor, DTensor):
+        return ranks
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return ranks // math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
-def squared_norm(parameters: Sequence[nn.Parameter], sizes: Mapping[str, int]) -> Tensor:
+def squared_norm(parameters: Sequence[nn.Parameter], ranks: int) -> Tensor:
     """This rank's share of the squared global gradient norm, float64: the sum over all ranks is the whole.
 
-    A value that several ranks hold counts once in the sum. Parameters without a gradient add nothing.
+    A value that several of the ``ranks`` of a pipeline coordinate hold counts once in the sum. Parameters without a
+    gradient add nothing.
     """
     parameters = [p for p in parameters if p.grad is not None]
     if not parameters:
         return torch.zeros((), dtype=torch.float64)
     grads = [local_gradient(p) for p in parameters]
-    shares = torch.tensor([1.0 / replicas(p, sizes) for p in parameters], dtype=torch.float64, device=grads[0].device)
+    shares = torch.tensor([1.0 / replicas(p, ranks) for p in parameters], dtype=torch.float64, device=grads[0].device)
     norms = torch.stack(torch._foreach_norm(grads, 2.0)).double()
     return (norms.square() * shares).sum()
 

@@ -30,6 +30,8 @@ class Layout:
     data: int = 1
     tensor: int = 1
     expert: int = 1
+    replicas: int = 1
+    """Groups into which the data ranks fall for sharding: each holds all parameters, sharded over its own ranks."""
 
     def __post_init__(self) -> None:
         for axis in (*AXES, "expert"):
@@ -42,6 +44,7 @@ class Layout:
                 f"does not divide data x tensor = {self.data * self.tensor}",
                 f"use {one_of(divisors(self.data * self.tensor))}",
             )
+        assert self.data % self.replicas == 0, f"{self.data} data ranks do not fall into {self.replicas} equal groups"
 
     @property
     def world_size(self) -> int:

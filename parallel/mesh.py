@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,11 +20,14 @@ class Block:
     """This rank's place in the live block of ranks.
 
     ``mesh`` has the dimensions ``("pipeline", "data", "tensor")``, also where their size is 1, so that every axis file
-    takes ``mesh["tensor"]`` and asks no questions.
+    takes ``mesh["tensor"]`` and asks no questions. Where parameters are sharded in groups (`Layout.replicas`), data is
+    two dimensions, ``"replica"`` and ``"shard"``.
     """
 
     layout: Layout
     mesh: DeviceMesh
+    data_group: dist.ProcessGroup
+    """The ranks of this rank's data axis, also where that is two dimensions."""
     device: torch.device
     timeout: timedelta
     """How long a rank waits in a collective before it fails; every group that is made gets it."""
@@ -36,6 +39,11 @@ class Block:
     @property
     def coordinate(self) -> Coordinate:
         return self.layout.coordinate(self.rank)
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """The data axis: one dimension, or ``("replica", "shard")``."""
+        return self.mesh["replica", "shard"] if self.layout.replicas > 1 else self.mesh["data"]
 
 
 def local_device() -> torch.device:
@@ -62,17 +70,25 @@ def connect(layout: Layout, *, timeout_seconds: float = 300, device: torch.devic
         assert dist.get_world_size() == layout.world_size, (
             f"{dist.get_world_size()} ranks were started for a layout of {layout.world_size}"
         )
-        yield Block(layout, _make_mesh(layout, device, timeout), device, timeout)
+        mesh, data_group = _make_mesh(layout, device, timeout)
+        yield Block(layout, mesh, data_group, device, timeout)
     finally:
         dist.destroy_process_group()
 
 
-def _make_mesh(layout: Layout, device: torch.device, timeout: timedelta) -> DeviceMesh:
-    """The mesh of the layout. Its groups are made here, since those of `init_device_mesh` wait for half an hour."""
+def _make_mesh(layout: Layout, device: torch.device, timeout: timedelta) -> tuple[DeviceMesh, dist.ProcessGroup]:
+    """The mesh of the layout and the group of the data axis. The groups are made here, since those of
+    `init_device_mesh` wait for half an hour."""
     ranks = torch.arange(layout.world_size).view(tuple(getattr(layout, axis) for axis in AXES))
-    groups = []
-    for dim in range(len(AXES)):
-        lines = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
-        own, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout)
-        groups.append(own)
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=AXES)
+
+    def groups(ranks: torch.Tensor, dims: Iterable[int]) -> list[dist.ProcessGroup]:
+        lines = [ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist() for dim in dims]
+        return [dist.new_subgroups_by_enumeration(each, timeout=timeout)[0] for each in lines]
+
+    pipeline, data, tensor = groups(ranks, range(len(AXES)))
+    if layout.replicas == 1:
+        made, names = [pipeline, data, tensor], AXES
+    else:
+        ranks = ranks.view(layout.pipeline, layout.replicas, -1, layout.tensor)
+        made, names = [pipeline, *groups(ranks, (1, 2)), tensor], ("pipeline", "replica", "shard", "tensor")
+    return DeviceMesh.from_group(made, device.type, mesh=ranks, mesh_dim_names=names), data

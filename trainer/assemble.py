@@ -73,8 +73,8 @@ def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: Co
             apply_activation_checkpointing(stage)
         apply_data_parallel(
             stage,
-            block.mesh["data"],
-            shard=settings.shard is True,
+            block.data_mesh,
+            shard=recipe.is_sharded,
             reshard_after_forward=reshards_after_forward(recipe),
         )
         # only now memory: shards alone, on their device

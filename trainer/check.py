@@ -99,6 +99,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
     """
     errors = [
         *(rank_errors(recipe, devices) if devices else ()),
+        *_shard_errors(recipe),
         *_batch_errors(recipe),
         *_schedule_errors(recipe),
         *_length_errors(recipe),
@@ -128,6 +129,13 @@ def rank_errors(recipe: Recipe, devices: Devices) -> Iterator[UserError]:
     if devices.kind == "cuda":
         remedy += ", or launch.device=cpu"
     yield FieldError("parallel", layout, f"makes {layout.world_size} ranks, more than the {bound}", remedy)
+
+
+def _shard_errors(recipe: Recipe) -> Iterator[UserError]:
+    shard, data = recipe.parallel.shard, recipe.layout.data
+    if not isinstance(shard, bool) and data % shard:
+        constraint = f"does not divide parallel.data={data} into groups"
+        yield FieldError("parallel.shard", shard, constraint, f"use {one_of(divisors(data))}, or true or false")
 
 
 def _batch_errors(recipe: Recipe) -> Iterator[UserError]:

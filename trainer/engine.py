@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,17 +110,17 @@ class NativeEngine:
 
     def _count_tokens(self, labels: Tensor) -> int:
         count = (labels != IGNORE).sum().to(self.block.device)
-        dist.all_reduce(count, group=self.block.mesh["data"].get_group())
+        dist.all_reduce(count, group=self.block.data_group)
         return int(count)
 
     def _sum_over_block(self, parameters: Sequence[nn.Parameter], tokens: int, told: Sequence[float]) -> StepResult:
         """One small exchange makes loss, squared norm and what is told the same numbers on every rank."""
-        sizes: Mapping[str, int] = {"data": self.block.layout.data, "tensor": self.block.layout.tensor}
+        layout = self.block.layout
         counted = [p for p in parameters if p is not self.tied.second]
         # every tensor rank computed the same loss
-        shares = torch.tensor([self._own_loss / sizes["tensor"], 0.0, *told], dtype=torch.float64)
+        shares = torch.tensor([self._own_loss / layout.tensor, 0.0, *told], dtype=torch.float64)
         shares = shares.to(self.block.device)
-        shares[1] = squared_norm(counted, sizes)
+        shares[1] = squared_norm(counted, layout.data * layout.tensor)
         dist.all_reduce(shares)
         loss, squared, *sums = shares.tolist()
         return StepResult(loss, math.sqrt(squared), tokens, tuple(sums))

@@ -161,8 +161,8 @@ class ParallelSettings(Settings):
     """Layers of each stage, in the order of the stages; null: so that each costs about the same, the head included."""
     sequence: bool = True
     """Sequence parallelism beside tensor parallelism: norms and residuals divided along the sequence."""
-    shard: Annotated[bool | Count, Offered((True, False))] = True
-    """true: parameters sharded over data (FSDP2); false: replicated."""
+    shard: bool | Count = True
+    """true: parameters sharded over data (FSDP2); false: replicated; a number: sharded in groups of so many ranks."""
     reshard: Literal["auto"] | bool = "auto"
     """Free the gathered parameters after the forward; auto: as the schedule allows."""
     engine: Annotated[Literal["native", "deepspeed"], Offered(("native",))] = "native"
@@ -292,7 +292,21 @@ class Recipe(Settings):
         """The block of ranks; ``parallel.data: auto`` must have been resolved (`check.resolve_devices`)."""
         settings = self.parallel
         assert settings.data != "auto", "parallel.data is still auto"
-        return Layout(pipeline=settings.pipeline, data=settings.data, tensor=settings.tensor, expert=settings.expert)
+        shard = settings.data if settings.shard in (True, False, 1) else settings.shard
+        # a group size that does not divide is told by `check`
+        replicas = settings.data // shard if settings.data % shard == 0 else 1
+        return Layout(
+            pipeline=settings.pipeline,
+            data=settings.data,
+            tensor=settings.tensor,
+            expert=settings.expert,
+            replicas=replicas,
+        )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether any ranks share parameters over data."""
+        return self.parallel.shard is True or self.parallel.shard > 1
 
     @property
     def batch_plan(self) -> BatchPlan:
