@@ -12,7 +12,7 @@ from pathlib import Path
 from cuboid.launch import local
 from cuboid.launch.training import checked_recipe
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.verify import STEPS, TOLERANCE, Verdict, reference, run_mesh, small_recipe, verdict
+from cuboid.trainer.verify import STEPS, Verdict, reference, run_mesh, small_recipe, verdict
 
 _CPU = ("launch.launcher=local", "launch.device=cpu", "launch.max_failures=0")
 
@@ -49,13 +49,11 @@ def _print(found: Verdict, recipe: Recipe, *, shrunk: bool) -> None:
         ("a parameter's gradient", found.worst_gradient[1], "gradient_rel", found.worst_gradient[0]),
         ("a parameter's update", found.worst_update[1], "update_rel", found.worst_update[0]),
     ):
-        mark = "" if value <= TOLERANCE[limit] else "  <- too much"
-        print(f"{words:<24}{value:>9.1e}  {TOLERANCE[limit]:>7.0e}  {where}{mark}")
+        mark = "" if value <= found.tolerance[limit] else "  <- too much"
+        print(f"{words:<24}{value:>9.1e}  {found.tolerance[limit]:>7.0e}  {where}{mark}")
     for kind, names in (("gradient", found.missing_gradients), ("place on any rank", found.missing_parameters)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             print(f"no {kind}: {', '.join(names[:5])}{more}")
     print("the same numbers" if found.passed else "NOT the same numbers")
-    print(
-        "allowed is float32 rounding (sums in another order), and more for updates: AdamW makes small gradients count"
-    )
+    print(f"allowed: {found.compute} rounding (sums in another order); more for updates, as AdamW makes them")

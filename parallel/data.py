@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from cuboid.parallel.stages import Stage
 
 
-def apply_data_parallel(stage: Stage, mesh: DeviceMesh, *, shard: bool, reshard_after_forward: bool) -> None:
+def apply_data_parallel(
+    stage: Stage,
+    mesh: DeviceMesh,
+    *,
+    shard: bool,
+    reshard_after_forward: bool,
+    compute: torch.dtype = torch.float32,
+    reduce: torch.dtype = torch.float32,
+) -> None:
     """Shard or replicate ``stage`` in place over ``mesh``, layer by layer.
 
     ``mesh`` has one dimension, or two: replicated over the first and sharded over the second (Zhao et al. 2023,
@@ -17,15 +26,19 @@ def apply_data_parallel(stage: Stage, mesh: DeviceMesh, *, shard: bool, reshard_
 
     Gradients are summed, not averaged: the loss is already divided by the tokens of the whole global batch. With
     ``reshard_after_forward`` a layer's full parameters live only while it computes; without, until the step's last
-    backward.
+    backward. With another ``compute`` than the parameters' own dtype each layer computes on a copy of them in that
+    dtype, also on a mesh of one rank, and its gradients are added up over microbatches and ranks in ``reduce``
+    (Micikevicius et al. 2018, "Mixed Precision Training", section 3.1).
     """
-    if mesh.size() == 1:
+    mixed = compute != torch.float32
+    if mesh.size() == 1 and not mixed:
         return
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce) if mixed else MixedPrecisionPolicy()
     for module in (*stage.layers.values(), stage):
         if shard:
-            fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
         else:
-            replicate(module, mesh=mesh)
+            replicate(module, mesh=mesh, mp_policy=policy)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -66,7 +66,7 @@ def test_a_right_mesh_passes_as_json(verify: Verify) -> None:
     found = json.loads(printed)
     assert code == 0
     assert found["pass"] is True
-    assert found["mesh"] == "pipeline 2 x data 2 x tensor 2, 1f1b, 4 microbatches, llama"
+    assert found["mesh"] == "pipeline 2 x data 2 x tensor 2, 1f1b, 4 microbatches, llama, sharded"
     assert 0 < found["worst_gradient"]["rel"] <= found["tolerance"]["gradient_rel"] == 1e-5
     assert found["loss_rel"] <= 1e-6
     assert found["grad_norm_rel"] <= 1e-5
@@ -81,6 +81,16 @@ def test_the_recipes_own_model_is_compared_where_it_is_not_shrunk(verify: Verify
     assert code == 0, printed
     assert "the same numbers" in printed
     assert "shrunk" not in printed
+
+
+def test_groups_of_data_ranks_and_bfloat16_have_their_own_words(verify: Verify) -> None:
+    code, printed = verify("parallel.data=4", "parallel.tensor=1", "parallel.shard=2", "precision.compute=bfloat16")
+    assert code == 0, printed
+    assert "llama, sharded in groups of 2, bfloat16, shrunk to 3 layers" in printed
+    assert "allowed: bfloat16 rounding" in printed
+    # rounding shows, so that it was computed in bfloat16 indeed
+    gradient = next(line for line in printed.splitlines() if line.startswith("a parameter's gradient"))
+    assert float(gradient.split()[3]) > 1e-3
 
 
 def test_a_recipe_that_cannot_run_is_refused_as_by_train() -> None:

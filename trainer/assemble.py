@@ -18,6 +18,7 @@ from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.engine import NativeEngine
 from cuboid.trainer.model import (
+    DTYPES,
     Blueprint,
     estimate_costs,
     initialise_buffers,
@@ -76,6 +77,8 @@ def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: Co
             block.data_mesh,
             shard=recipe.is_sharded,
             reshard_after_forward=reshards_after_forward(recipe),
+            compute=blueprint.compute,
+            reduce=DTYPES[recipe.precision.reduce],
         )
         # only now memory: shards alone, on their device
         stage.to_empty(device=block.device)
@@ -134,7 +137,7 @@ def _microbatch_shapes(recipe: Recipe, blueprint: Blueprint, block: Block) -> di
     """On meta, for one microbatch: hidden states between stages [B, T_local, D], logits [B, T, V_local]."""
     batch, tokens, ranks = recipe.batch_plan.microbatch_size, recipe.data.sequence_length, block.layout.tensor
     tokens_local = tokens // ranks if recipe.parallel.sequence else tokens
-    config, dtype = blueprint.config, blueprint.model.dtype
+    config, dtype = blueprint.config, blueprint.compute
     return {
         "boundary": torch.empty(batch, tokens_local, config.hidden_size, dtype=dtype, device="meta"),
         "logits": torch.empty(batch, tokens, config.vocab_size // ranks, dtype=dtype, device="meta"),

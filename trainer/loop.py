@@ -104,7 +104,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     recorder = Recorder(recipe, folder, block)
     recorder.phase("connect")
     config = read_checked_config(recipe.model)
-    blueprint = draw_blueprint(config, attention=recipe.model.attention)
+    blueprint = draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     _same_on_every_rank("the data's fingerprint", dataset.fingerprint)

@@ -39,10 +39,12 @@ class Blueprint:
     model: transformers.PreTrainedModel
     """On `meta`: shapes and modules, no memory."""
     anatomy: Anatomy
+    compute: torch.dtype = torch.float32
+    """Of activations."""
 
     def masks(self, position_ids: Tensor) -> Masks:
         """Attention mask of each kind of layer for positions [B, T]; where they start again, a new document begins."""
-        shape = torch.empty(*position_ids.shape, 0, dtype=self.model.dtype, device=position_ids.device)
+        shape = torch.empty(*position_ids.shape, 0, dtype=self.compute, device=position_ids.device)
         return {
             kind: _MASKS[kind](
                 config=self.config,
@@ -55,13 +57,17 @@ class Blueprint:
         }
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `precision` calls them."""
 _MASKS: Mapping[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
 
 
-def draw_blueprint(config: transformers.PretrainedConfig, *, attention: str = "auto") -> Blueprint:
+def draw_blueprint(
+    config: transformers.PretrainedConfig, *, attention: str = "auto", compute: str = "float32"
+) -> Blueprint:
     """Build the model's shape on `meta` and find its parts.
 
     Raises `FieldError` for a family whose parts or attention are not of the known shape.
@@ -70,7 +76,7 @@ def draw_blueprint(config: transformers.PretrainedConfig, *, attention: str = "a
     with torch.device("meta"):
         kwargs = {} if attention == "auto" else {"attn_implementation": attention}
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
-    return Blueprint(config, model.train(), find_parts(model))
+    return Blueprint(config, model.train(), find_parts(model), DTYPES[compute])
 
 
 def whole_model(blueprint: Blueprint) -> transformers.PreTrainedModel:

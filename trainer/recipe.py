@@ -56,7 +56,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-Number = Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32",))]
+Number = Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32", "bfloat16"))]
 
 
 def written(value: object) -> str:
@@ -107,7 +107,7 @@ class ModelSettings(Settings):
 class PrecisionSettings(Settings):
     """Types of numbers."""
 
-    parameters: Number = "float32"
+    parameters: Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32",))] = "float32"
     """Type in which parameters and optimizer state are kept."""
     compute: Number = "float32"
     """Type of activations and matrix products."""

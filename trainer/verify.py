@@ -32,9 +32,14 @@ from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
 
 STEPS = 3
-TOLERANCE = {"loss_rel": 1e-6, "grad_norm_rel": 1e-5, "gradient_rel": 1e-5, "update_rel": 1e-3}
-"""In float32, where another order of the same sums moves a loss by 4e-7, a gradient by 5e-6 of its largest element, and
-an update by 6e-5 of its norm: AdamW divides by the gradient's own size, so that small ones count as much as large."""
+TOLERANCES = {
+    "float32": {"loss_rel": 1e-6, "grad_norm_rel": 1e-5, "gradient_rel": 1e-5, "update_rel": 1e-3},
+    "bfloat16": {"loss_rel": 2e-4, "grad_norm_rel": 1e-2, "gradient_rel": 5e-2, "update_rel": 2.5e-1},
+}
+"""By the type of activations. In float32 another order of the same sums moves a loss by 4e-7, a gradient by 5e-6 of its
+largest element, and an update by 6e-5 of its norm: AdamW divides by the gradient's own size, so that small ones count
+as much as large. In bfloat16, which rounds each number by up to 2e-3, one process on stages is as far from
+transformers: 2e-5, 6e-3 and 4e-2. A fault of parallelism moves some gradient by about its own size in either."""
 _RESULTS = "verify"
 
 
@@ -60,6 +65,8 @@ class Verdict:
     """How far the mesh is from one process; each figure the worst over ranks, steps or parameters."""
 
     mesh: str
+    compute: str
+    """Type of activations."""
     loss_rel: float
     grad_norm_rel: float
     worst_gradient: tuple[str, float]
@@ -71,6 +78,10 @@ class Verdict:
     """Name, and ||du|| / ||u|| after `STEPS` steps."""
 
     @property
+    def tolerance(self) -> Mapping[str, float]:
+        return TOLERANCES[self.compute]
+
+    @property
     def passed(self) -> bool:
         found = {
             "loss_rel": self.loss_rel,
@@ -80,7 +91,7 @@ class Verdict:
         }
         missing = self.missing_gradients or self.missing_parameters
         # a NaN is at most nothing
-        return not missing and all(found[name] <= limit for name, limit in TOLERANCE.items())
+        return not missing and all(found[name] <= limit for name, limit in self.tolerance.items())
 
     def record(self) -> dict[str, Any]:
         """What ``cuboid verify --json`` prints."""
@@ -93,7 +104,7 @@ class Verdict:
             "missing_gradients": [*self.missing_gradients, *self.missing_parameters],
             "weights_rel": _plain(self.worst_update[1]),
             "worst_update": {"name": self.worst_update[0], "rel": _plain(self.worst_update[1])},
-            "tolerance": TOLERANCE,
+            "tolerance": self.tolerance,
         }
 
 
@@ -113,36 +124,43 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         recipe: whose model is trained.
         original: whose tokenizer and text are read; ids beyond a smaller vocabulary wrap around.
     """
-    blueprint = draw_blueprint(read_checked_config(recipe.model), attention=recipe.model.attention)
+    blueprint = _blueprint(recipe)
     model = whole_model(blueprint)
     read = initial_weights(recipe, blueprint)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+    masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    model.to(blueprint.compute)
     settings = recipe.optimizer
     groups = [
         {
-            "params": [p for name, p in model.named_parameters() if is_decayed(name, p) is wanted],
+            "params": [p for name, p in masters.items() if is_decayed(name, p) is wanted],
             "weight_decay": settings.weight_decay if wanted else 0.0,
         }
         for wanted in (True, False)
     ]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=settings.betas, eps=settings.eps)
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in masters.items()}
     batches = _batches(recipe, original)
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches, start=1):
-        losses.append(_backward(model, batch, rows=recipe.batch_plan.microbatch_size))
+        losses.append(_backward(model, masters, batch, rows=recipe.batch_plan.microbatch_size))
         if step == 1:
-            gradients = {name: _gradient(name, parameter) for name, parameter in model.named_parameters()}
+            gradients = {name: _gradient(name, parameter) for name, parameter in masters.items()}
         limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), limit).item())
         for group in adamw.param_groups:
             group["lr"] = learning_rate(step, steps=recipe.train.steps, settings=settings)
         adamw.step()
         adamw.zero_grad()
-    updates = {name: parameter.detach() - weights[name] for name, parameter in model.named_parameters()}
+    updates = {name: parameter.detach() - weights[name] for name, parameter in masters.items()}
     return Reference(weights, batches, losses, norms, gradients, updates)
+
+
+def _blueprint(recipe: Recipe) -> Blueprint:
+    config = read_checked_config(recipe.model)
+    return draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
@@ -150,16 +168,26 @@ def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
     return parameter.grad.clone()
 
 
-def _backward(model: nn.Module, batch: Batch, *, rows: int) -> float:
-    """Loss and gradients of the global batch, some rows at a time to spare memory: a sum, divided by the one count."""
+def _backward(model: nn.Module, masters: Mapping[str, nn.Parameter], batch: Batch, *, rows: int) -> float:
+    """Loss and gradients of the global batch, some rows at a time: a sum, divided by the one count. The model computes
+    on copies of the masters in its own dtype, and their gradients are added up in float32."""
     count, total = int((batch.labels != IGNORE).sum()), 0.0
+    copies = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in masters.items():
+            copies[name].copy_(parameter)
     for start in range(0, len(batch.labels), rows):
         part = slice(start, start + rows)
         ids, positions, labels = batch.input_ids[part], batch.position_ids[part], batch.labels[part]
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum") / count
         loss.backward()
         total += loss.item()
+        for name, parameter in masters.items():
+            gradient = copies[name].grad
+            if gradient is not None:
+                parameter.grad = gradient.float() if parameter.grad is None else parameter.grad + gradient.float()
+        model.zero_grad()
     return total
 
 
@@ -185,7 +213,7 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
     # gathering a whole parameter to look at it is allowed to be slow
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     with connect(recipe.layout, timeout_seconds=recipe.launch.timeout_seconds, device=torch.device("cpu")) as block:
-        blueprint = draw_blueprint(read_checked_config(recipe.model), attention=recipe.model.attention)
+        blueprint = _blueprint(recipe)
         engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
         losses, norms, missing, gradients = [], [], [], []
         for step, batch in enumerate(expected.batches, start=1):
@@ -212,6 +240,7 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
             updates.append((name, _relative_to((moved - expected.updates[name]).norm(), expected.updates[name].norm())))
         found = Verdict(
             mesh=_mesh(recipe, blueprint),
+            compute=recipe.precision.compute,
             loss_rel=_worst(losses),
             grad_norm_rel=_worst(norms),
             worst_gradient=_worst_of(gradients),
@@ -230,6 +259,7 @@ def verdict(folder: Path) -> Verdict:
     assert ranks, f"no rank has left its figures in {folder}"
     return Verdict(
         mesh=ranks[0]["mesh"],
+        compute=ranks[0]["compute"],
         loss_rel=_worst(rank["loss_rel"] for rank in ranks),
         grad_norm_rel=_worst(rank["grad_norm_rel"] for rank in ranks),
         worst_gradient=_worst_of(rank["worst_gradient"] for rank in ranks),
@@ -241,8 +271,18 @@ def verdict(folder: Path) -> Verdict:
 
 def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
     parallel = recipe.parallel
-    words = [str(recipe.layout), parallel.schedule, f"{parallel.microbatches} microbatches"]
-    return ", ".join([*words, blueprint.config.model_type])
+    words = [
+        str(recipe.layout),
+        parallel.schedule,
+        f"{parallel.microbatches} microbatches",
+        blueprint.config.model_type,
+    ]
+    if recipe.layout.data > 1:
+        groups = f" in groups of {parallel.shard}" if recipe.layout.replicas > 1 else ""
+        words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
+    if recipe.precision.compute != "float32":
+        words.append(recipe.precision.compute)
+    return ", ".join(words)
 
 
 def _whole(tensor: Tensor) -> Tensor:
