@@ -36,6 +36,8 @@ class ActionTime:
     start_seconds: float
     stop_seconds: float
     thread_seconds: float
+    held: bool = False
+    """As in `Action`; known once the order of the schedule is."""
 
     @property
     def seconds(self) -> float:
@@ -43,7 +45,7 @@ class ActionTime:
 
     @property
     def action(self) -> Action:
-        return Action(self.kind, self.stage, self.microbatch)
+        return Action(self.kind, self.stage, self.microbatch, self.held)
 
 
 class Timer:

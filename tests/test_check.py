@@ -128,6 +128,35 @@ def test_stages_schedule_and_batch():
     ]
 
 
+def test_what_a_schedule_that_splits_backwards_cannot_take():
+    split = {"pipeline": 2, "microbatches": 4, "schedule": "zbv", "reshard": True, "activation_checkpointing": "full"}
+    lines = complaints(recipe(parallel=split))
+    assert lines == [
+        "parallel.reshard=true frees parameters that zbv needs again for the weight gradients; use auto or false",
+        "parallel.activation_checkpointing=full would compute a layer again for each of its weights under zbv, "
+        "whose backwards are split; use none, or another schedule",
+    ]
+    check(recipe(parallel=split | {"reshard": "auto", "activation_checkpointing": "none"}), CPU)
+
+
+def test_groups_of_data_ranks():
+    (line,) = complaints(recipe(parallel={"data": 4, "shard": 3, "microbatches": 4}))
+    assert line == "parallel.shard=3 does not divide parallel.data=4 into groups; use 1, 2 or 4, or true or false"
+    for shard, replicas, is_sharded in ((2, 2, True), (4, 1, True), (1, 1, False), (True, 1, True), (False, 1, False)):
+        possible = recipe(parallel={"data": 4, "shard": shard, "microbatches": 4})
+        check(possible, CPU)
+        assert (possible.layout.replicas, possible.is_sharded) == (replicas, is_sharded)
+
+
+def test_layers_by_hand():
+    (line,) = complaints(recipe(parallel={"pipeline": 2, "microbatches": 2, "layers": [3, 2]}))
+    assert line.startswith("parallel.layers=[3, 2] lays 5 layers on 2 stages, but there are 4 and 2; ")
+    assert line.endswith("give 2 numbers whose sum is 4, or null")
+    (line,) = complaints(recipe(parallel={"pipeline": 2, "microbatches": 2, "layers": [2, 1, 1]}))
+    assert "lays 4 layers on 3 stages" in line
+    check(recipe(parallel={"pipeline": 2, "microbatches": 2, "layers": [3, 1]}), CPU)
+
+
 def test_sequence_length():
     (line,) = complaints(recipe(data={"sequence_length": 512}))
     assert line == (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import product
+import random
+from itertools import combinations, pairwise, product
 
 import pytest
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.layout import BatchPlan, Coordinate, Layout, divisors
-from cuboid.parallel.stages import split_layers
+from cuboid.parallel.stages import Costs, split_layers
 
 LAYOUTS = [Layout(pipeline=p, data=d, tensor=t) for p, d, t in product((1, 2, 3, 5), (1, 2, 3), (1, 2, 4))]
 
@@ -77,16 +78,38 @@ def test_stages_hold_all_layers_in_order_as_evenly_as_they_divide() -> None:
     for layers, stages in product(range(1, 20), range(1, 20)):
         if stages > layers:
             continue
-        parts = split_layers(layers, stages)
+        parts = split_layers(Costs([1.0] * layers), stages)
         assert [layer for part in parts for layer in part] == list(range(layers))
         sizes = [len(part) for part in parts]
         assert len(sizes) == stages
         assert max(sizes) - min(sizes) <= 1
-        assert sizes == sorted(sizes, reverse=True), (
-            "the last stage also computes the head: it gets no more than others"
-        )
+        assert sizes == sorted(sizes, reverse=True), "where two splits cost the same, more layers stand in front"
 
 
 def test_more_stages_than_layers_are_impossible() -> None:
     with pytest.raises(AssertionError, match="2 layers cannot fill 3 stages"):
-        split_layers(2, 3)
+        split_layers(Costs([1.0] * 2), 3)
+
+
+def all_splits(layers: int, stages: int) -> list[list[range]]:
+    inner = combinations(range(1, layers), stages - 1)
+    return [[range(*pair) for pair in pairwise((0, *bounds, layers))] for bounds in inner]
+
+
+def test_the_costliest_stage_costs_as_little_as_any_split_allows() -> None:
+    dice = random.Random(0)
+    for _ in range(60):
+        layers, stages = dice.randint(1, 9), dice.randint(1, 5)
+        if stages > layers:
+            continue
+        costs = Costs([dice.choice((1.0, 2.0, 5.0)) for _ in range(layers)], dice.uniform(0, 4), dice.uniform(0, 9))
+        found = split_layers(costs, stages)
+        assert [layer for part in found for layer in part] == list(range(layers)), "every layer once, in order"
+        assert all(found)
+        possible = [costs.of(split) for split in all_splits(layers, stages)]
+        assert max(costs.of(found)) == pytest.approx(min(map(max, possible)))
+
+
+def test_a_costly_head_leaves_the_last_stage_few_layers() -> None:
+    split = split_layers(Costs([1.0] * 30, head=8.0), 4)
+    assert [len(part) for part in split] == [10, 10, 9, 1]

@@ -123,9 +123,19 @@ def run_cases(cases, ranks):
 
 
 CASES = {
-    1: [("gpipe", 1, 3), ("1f1b", 1, 3), ("interleaved_1f1b", 2, 3)],
-    2: [("gpipe", 1, 1), ("gpipe", 1, 3), ("1f1b", 1, 2), ("1f1b", 1, 5), ("interleaved_1f1b", 3, 4)],
-    4: [("gpipe", 1, 2), ("1f1b", 1, 4), ("1f1b", 1, 7), ("interleaved_1f1b", 2, 3), ("interleaved_1f1b", 2, 10)],
+    1: [("gpipe", 1, 3), ("1f1b", 1, 3)],  # the looped ones are refused on one rank
+    2: [("gpipe", 1, 1), ("gpipe", 1, 3), ("1f1b", 1, 2), ("1f1b", 1, 5), ("interleaved_1f1b", 3, 4), ("zbv", 2, 1)],
+    4: [
+        ("gpipe", 1, 2),
+        ("1f1b", 1, 4),
+        ("1f1b", 1, 7),
+        ("interleaved_1f1b", 2, 3),
+        ("interleaved_1f1b", 2, 10),
+        ("looped_bfs", 2, 5),
+        ("interleaved_zero_bubble", 2, 10),
+        ("zbv", 2, 9),
+        ("dualpipe_v", 2, 9),
+    ],
 }
 
 
@@ -141,7 +151,11 @@ def test_every_schedule_equals_one_process(ranks):
             assert calls == [2 * microbatches] * virtual_stages, "a microbatch ran more than once a step"
             assert held == 0, "activations outlive the step"
             kinds = [time.kind for time in times]
-            assert kinds.count("F") == kinds.count("B") == microbatches * virtual_stages
+            full = kinds.count("B")
+            assert (
+                kinds.count("F") == full + kinds.count("I") == full + kinds.count("W") == microbatches * virtual_stages
+            )
+            assert SCHEDULES[schedule].splits_backward is ("W" in kinds)
             assert kinds.count("R") == virtual_stages
             assert all(time.stop_seconds >= time.start_seconds for time in times)
             if losses != [None, None]:

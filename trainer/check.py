@@ -156,6 +156,10 @@ def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
         # FSDP would free the parameters between the two halves of a backward, and the second read what is not there
         constraint = f"frees parameters that {name} needs again for the weight gradients"
         yield FieldError("parallel.reshard", "true", constraint, "use auto or false")
+    if SCHEDULES[name].splits_backward and recipe.parallel.activation_checkpointing != "none":
+        # each group of weights is a backward of its own to autograd, and each would compute the layer once more
+        constraint = f"would compute a layer again for each of its weights under {name}, whose backwards are split"
+        yield FieldError("parallel.activation_checkpointing", "full", constraint, "use none, or another schedule")
     yield from SCHEDULES[name].check(
         pipeline=recipe.parallel.pipeline,
         virtual_stages=virtual_stages(recipe),

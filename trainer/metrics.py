@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from cuboid.parallel.layout import Coordinate
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import ActionTime, Pipeline
-from cuboid.parallel.schedules import Action, ideal_bubble, order, simulate
+from cuboid.parallel.schedules import ideal_bubble, order, simulate
 from cuboid.trainer.check import num_cores
 
 CLOCK_EVERY = 100
@@ -111,10 +111,7 @@ class Bubble:
 class StepTimes:
     """One step of one pipeline, on one clock; a list has one entry for each pipeline rank."""
 
-    order: Sequence[Sequence[Action]]
-    """What the rank did, in order."""
     actions: Sequence[Sequence[ActionTime]]
-    """When it did that."""
     freed: Sequence[float]
     """When the rank had finished the step before."""
     entered: Sequence[float]
@@ -130,10 +127,11 @@ def bubble(times: StepTimes, *, ideal: float, contended: bool) -> Bubble:
     wall, ranks = last - first, len(times.actions)
     idle = [wall - sum(time.seconds for time in actions) for actions in times.actions]
     measured = sum(idle) / (ranks * wall)
+    as_run = [[time.action for time in actions] for actions in times.actions]
 
     def simulated(ready: Sequence[float] | None, clock: str = "seconds") -> float:
         seconds = {time.action: getattr(time, clock) for actions in times.actions for time in actions}
-        return simulate(times.order, seconds.__getitem__, ready=ready).bubble
+        return simulate(as_run, seconds.__getitem__, ready=ready).bubble
 
     expected = simulated(None)
     freed = [max(0.0, moment - first) for moment in times.freed]
@@ -227,7 +225,7 @@ class BubbleMeter:
 
     def _collect(self, own: Tensor) -> Measurement | None:
         """On a pipeline's first rank: its ranks' times become its bubble; on rank 0 all of these become the mean."""
-        tables = [own, *(torch.empty_like(own) for _ in self._order[1:])]
+        tables = [own, *(own.new_empty(1 + len(actions), own.shape[1]) for actions in self._order[1:])]
         for rank in range(1, len(tables)):
             dist.recv(tables[rank], group=self._group, group_src=rank)
         times = self._step_times(tables)
@@ -247,12 +245,12 @@ class BubbleMeter:
         freed, entered, updated = zip(*(table[0] for table in tables), strict=True)
         actions = [
             [
-                ActionTime(action.kind, action.stage, action.microbatch, *row)
+                ActionTime(action.kind, action.stage, action.microbatch, *row, held=action.held)
                 for action, row in zip(own, table[1:], strict=True)
             ]
             for own, table in zip(self._order, tables, strict=True)
         ]
-        return StepTimes(order=self._order, actions=actions, freed=freed, entered=entered, updated=updated)
+        return StepTimes(actions=actions, freed=freed, entered=entered, updated=updated)
 
 
 _SCALARS = tuple(field.name for field in fields(Bubble) if field.name not in ("by_rank", "stage_seconds"))
