@@ -100,17 +100,17 @@ def bubble_of_naps(naps):
     return 1 - sum(stop - start for own in by_rank for start, stop in own) / (RANKS * wall)
 
 
-def sleep_through(block, schedule, seconds, slow_stage, tolerance):
+def sleep_through(block, schedule, seconds, slow_stage, tolerance, at_least):
     """Steps with stage ``slow_stage`` taking twice as long: of each, the measured `Bubble` (rank 0) and that of naps.
 
-    Other work on the machine delays those that sleep, and the bubble is then really larger: three to five steps
+    Other work on the machine delays those that sleep, and the bubble is then really larger: up to eight steps
     are tried for one that it left alone. What is measured must agree with the naps in most of them.
     """
     pipeline, modules = sleeping_pipeline(block, schedule)
     meter = BubbleMeter(block, schedule=schedule, virtual_stages=STAGES[schedule], microbatches=MICROBATCHES)
     ids, simulation = torch.zeros(MICROBATCHES, 2, dtype=torch.int64), nominal(schedule, seconds, slow_stage)
     steps, enough = [], torch.tensor(False)
-    for attempt in range(6):  # the first one, without sleep, opens connections
+    for attempt in range(9):  # the first one, without sleep, opens connections
         for i, module in modules.items():
             module.seconds, module.naps = (2 if i == slow_stage else 1) * (seconds if attempt else 0.0), []
         pipeline.step(ids if pipeline.is_first else None, ids if pipeline.is_last else None, position_ids=ids)
@@ -118,26 +118,27 @@ def sleep_through(block, schedule, seconds, slow_stage, tolerance):
         napped = bubble_of_naps([nap for module in modules.values() for nap in module.naps])
         if result is not None and attempt:
             steps.append((result.bubble, napped))
-            enough.fill_(len(steps) > 2 and any(is_as_simulated(found, simulation, tolerance) for found, _ in steps))
+            found = any(is_as_simulated(found, simulation, tolerance) for found, _ in steps)
+            enough.fill_(found and len(steps) >= at_least)
         torch.distributed.broadcast(enough, src=0)
         if enough:
             break
     return steps
 
 
-def sleep_through_all(seconds, tolerance):
+def sleep_with_and_without_a_slow_stage(*arguments):
+    schedule, *others = arguments
     with connect(Layout(pipeline=RANKS)) as block:
-        return {
-            (schedule, slow): sleep_through(block, schedule, seconds, slow, tolerance)
-            for schedule in SCHEDULES
-            for slow in (None, SLOW)
-        }
+        return {slow: sleep_through(block, schedule, others[0], slow, *others[1:]) for slow in (None, SLOW)}
 
 
-def assert_measured_as_simulated(seconds, tolerance):
-    results = run_ranks(sleep_through_all, RANKS, seconds, tolerance, timeout=60 + 1000 * seconds)[0]
-    for (schedule, slow), steps in results.items():
-        simulation, words = nominal(schedule, seconds, slow), f"{schedule}, slow stage {slow}: {steps}"
+def assert_measured_as_simulated(schedule, seconds, tolerance, at_least=3):
+    """Returns the measured bubble where all stages take equally long."""
+    arguments = (schedule, seconds, tolerance, at_least)
+    results = run_ranks(sleep_with_and_without_a_slow_stage, RANKS, *arguments, timeout=60 + 1000 * seconds)[0]
+    measured = {}
+    for slow, steps in results.items():
+        simulation, words = nominal(schedule, seconds, slow), f"slow stage {slow}: {steps}"
         # whatever else the machine did; the median, since a rank may lose its core between a nap and the action's end
         assert statistics.median(abs(found.measured - napped) for found, napped in steps) < NAPS_TOLERANCE, words
         undisturbed = [found for found, _ in steps if is_as_simulated(found, simulation, tolerance)]
@@ -146,15 +147,20 @@ def assert_measured_as_simulated(seconds, tolerance):
         for result in undisturbed:
             assert result.ideal == ideal_bubble(schedule, **sizes)
             assert result.slow_stage == slow, words
+        measured[slow] = undisturbed[0].measured
+    return measured[None]
 
 
-def test_sleeping_stages_are_measured_as_simulated():
-    assert_measured_as_simulated(seconds=0.05, tolerance=0.025)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sleeping_stages_are_measured_as_simulated(schedule):
+    assert_measured_as_simulated(schedule, seconds=0.05, tolerance=0.025)
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_sleeping_stages_at_200_milliseconds():
-    assert_measured_as_simulated(seconds=0.2, tolerance=0.01)
+    measured = {name: assert_measured_as_simulated(name, 0.2, tolerance=0.01, at_least=1) for name in SCHEDULES}
+    assert measured["1f1b"] > measured["interleaved_1f1b"] > measured["zbv"]
 
 
 def as_simulated(schedule, seconds, ready=None, delay=0.0, **sizes):
