@@ -12,7 +12,8 @@ from torch import nn
 from cuboid.parallel.layout import Layout
 from cuboid.parallel.mesh import connect
 from cuboid.parallel.pipeline import ActionTime, Pipeline, Timer
-from cuboid.parallel.schedules import SCHEDULES, ideal_bubble, order, simulate, stage_indices
+from cuboid.parallel.schedules import SCHEDULES, order, stage_indices
+from cuboid.parallel.simulation import ideal_bubble, simulate
 from cuboid.trainer import metrics
 from cuboid.trainer.metrics import BubbleMeter, StepTimes, bubble, clock_offset
 

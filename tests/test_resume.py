@@ -142,6 +142,8 @@ MESHES: list[tuple[str, dict[str, Any]]] = [
     ("1x4x1", {"microbatches": 2}),
     ("2x1x2", {"schedule": "interleaved_1f1b"}),
     ("1x2x2", {"shard": False, "activation_checkpointing": "full"}),
+    ("2x2x1", {"schedule": "zbv"}),  # both copies of the tied embedding on one rank
+    ("1x4x2", {"shard": 2, "microbatches": 2}),
 ]
 
 

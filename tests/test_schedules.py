@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from cuboid.parallel.schedules import SCHEDULES, Action, ideal_bubble, in_flight, order, simulate, stage_indices
+from cuboid.parallel.schedules import SCHEDULES, Action, order, stage_indices
+from cuboid.parallel.simulation import ideal_bubble, in_flight, simulate
 
 STAGES = {
     "interleaved_1f1b": (2, 3),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cuboid.parallel.pipeline import ActionTime
-from cuboid.parallel.schedules import ideal_bubble, order, simulate
+from cuboid.parallel.schedules import order
+from cuboid.parallel.simulation import ideal_bubble, simulate
 from cuboid.trainer.metrics import Measurement, StepTimes, bubble
 from cuboid.trainer.timeline import IDLE, KINDS, write_timeline
 

@@ -32,7 +32,8 @@ from torch.distributed import ProcessGroup
 from cuboid.parallel.layout import Coordinate
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import ActionTime, Pipeline
-from cuboid.parallel.schedules import ideal_bubble, order, simulate
+from cuboid.parallel.schedules import order
+from cuboid.parallel.simulation import ideal_bubble, simulate
 from cuboid.trainer.check import num_cores
 
 CLOCK_EVERY = 100
@@ -54,7 +55,7 @@ class Bubble:
     """Of the simulated schedule with this step's own durations of each action: what is left when messages take no time
     and every rank is there from the start."""
     ideal: float
-    """`schedules.ideal_bubble`: equal stages. Not a lower bound: the first stage computes no input gradient."""
+    """`simulation.ideal_bubble`: equal stages. Not a lower bound: the first stage computes no input gradient."""
     replayed: float | None
     """Expected, with the processor time of each action in place of its wall time; None unless ranks outnumber cores,
     where wall times are contention."""
