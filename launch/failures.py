@@ -64,7 +64,7 @@ class Failure:
     """The file with the traceback, within the run's folder."""
 
     def told(self, step: int) -> str:
-        if self.kind == "run" and f"step {step}" in self.cause:
+        if self.kind == "run" and self.cause.startswith("step "):  # it tells its step itself
             return self.cause
         where = f"in step {step}" if step else "before the first step"
         if self.silent:

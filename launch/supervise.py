@@ -49,7 +49,7 @@ def drive(recipe: Recipe, folder: Path, host: Host, *, quiet: bool = False) -> i
     log.event("launch", command_time=_command_time(), launcher=recipe.launch.launcher, name=recipe.name)
     with _signals() as received, _hosted(host, folder) as (process, receiver), screen:
         try:
-            ending = _watch(process, receiver, received, screen, log)
+            ending = _watch(process, receiver, received, screen, log, saves=recipe.checkpoint.every > 0)
         finally:
             end_session(process)
             screen.update()
@@ -85,7 +85,9 @@ def _hosted(host: Host, folder: Path) -> Iterator[tuple[ForkProcess, Connection]
         yield process, receiver
 
 
-def _watch(process: ForkProcess, receiver: Connection, received: list[int], screen: Screen, log: RunLog) -> Ending:
+def _watch(
+    process: ForkProcess, receiver: Connection, received: list[int], screen: Screen, log: RunLog, *, saves: bool
+) -> Ending:
     """Keep the screen and obey the user until the host has told how it ended, or is gone."""
     obeyed = 0
     while True:
@@ -98,7 +100,8 @@ def _watch(process: ForkProcess, receiver: Connection, received: list[int], scre
             no_step_is_lost = screen.steps_done == 0
             if no_step_is_lost or received.count(signal.SIGINT) > 1 or not _ask_to_stop(log.folder, received):
                 return Ending(code=STOPPED[_reason(received)], words="stopped at once")
-            screen.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+            checkpoint = ", with a checkpoint" if saves else ""
+            screen.say(f"stopping after this step{checkpoint}; Ctrl-C again stops at once")
         ready = wait([receiver, process.sentinel], timeout=_POLL_SECONDS)
         if receiver in ready:
             try:

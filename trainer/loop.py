@@ -19,6 +19,7 @@ from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Dataset, prepare
 from cuboid.trainer.engine import NativeEngine, NotFinite, StepResult
+from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import learning_rate
@@ -74,8 +75,8 @@ def train(recipe: Recipe, folder: Path) -> str | None:
                 save(run)
         run.checkpointer.wait()
         if failure := run.checkpointer.failure:
-            newest_words = run.checkpointer.newest or "that of an earlier start"
-            raise RunFailed(f"step {run.saved} could not be saved ({failure}); the newest checkpoint is {newest_words}")
+            left = next((f"the newest checkpoint is {path}" for path in steps(run.checkpointer.folder).values()), "")
+            raise RunFailed(f"step {run.saved} could not be saved ({failure}); {left or 'there is no checkpoint'}")
         run.recorder.stopped(run.step, reason)
         return reason
 
