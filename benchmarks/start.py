@@ -65,7 +65,9 @@ def main() -> None:
         for name, start in starts.items():
             with tempfile.TemporaryDirectory() as folder:
                 seen[name].append(start(Path(folder)))
-    phases = list(dict.fromkeys(phase for runs in seen.values() for phase in runs[0]))
+    # the launcher with the most phases gives their order
+    longest_first = sorted(seen.values(), key=lambda runs: -len(runs[0]))
+    phases = list(dict.fromkeys(phase for runs in longest_first for phase in runs[0]))
     print(f"| seconds, median of {rounds} | " + " | ".join(seen) + " |")
     print("|---|" + "---|" * len(seen))
     for phase in phases:
