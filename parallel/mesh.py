@@ -86,8 +86,9 @@ def _make_mesh(layout: Layout, device: torch.device, timeout: timedelta) -> tupl
         return [dist.new_subgroups_by_enumeration(each, timeout=timeout)[0] for each in lines]
 
     pipeline, data, tensor = groups(ranks, range(len(AXES)))
+    names: tuple[str, ...] = AXES
     if layout.replicas == 1:
-        made, names = [pipeline, data, tensor], AXES
+        made = [pipeline, data, tensor]
     else:
         ranks = ranks.view(layout.pipeline, layout.replicas, -1, layout.tensor)
         made, names = [pipeline, *groups(ranks, (1, 2)), tensor], ("pipeline", "replica", "shard", "tensor")

@@ -80,8 +80,8 @@ def split_layers(costs: Costs, num_stages: int) -> list[range]:
                     options.append((max(most, cost), squares + cost * cost, (*bounds, -stop)))
             longer[stop] = min(options)
         best = longer
-    bounds = [0, *(-bound for bound in best[count][2])]
-    return [range(start, stop) for start, stop in pairwise(bounds)]
+    ends = [-end for end in best[count][2]]
+    return [range(start, stop) for start, stop in pairwise((0, *ends))]
 
 
 class Stage(nn.Module):

@@ -246,8 +246,8 @@ class BubbleMeter:
         freed, entered, updated = zip(*(table[0] for table in tables), strict=True)
         actions = [
             [
-                ActionTime(action.kind, action.stage, action.microbatch, *row, held=action.held)
-                for action, row in zip(own, table[1:], strict=True)
+                ActionTime(action.kind, action.stage, action.microbatch, start, stop, thread, action.held)
+                for action, (start, stop, thread) in zip(own, table[1:], strict=True)
             ]
             for own, table in zip(self._order, tables, strict=True)
         ]
