@@ -134,6 +134,15 @@ class TimedStage(PipelineStage):
         call = super().perform_reduce_grad
         self.timer.time("R", self.stage_index, -1, lambda: call(grad_scale_factor))
 
+    # In a V neighbouring stages of one rank hand gradients over by these; torch's assert that there is a backward.
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
 
 class Pipeline:
     """This rank's stages, their schedule, and one step.
@@ -199,12 +208,32 @@ class Pipeline:
         activation is held.
         """
         self.entered_seconds = time.monotonic()
+        self.timer.begin()
+        return self._run(self._schedule.step, input_ids, targets, kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor | None, targets: Tensor | None, **kwargs: Tensor) -> Tensor | None:
+        """`step` without a backward: the sum of the microbatch losses, and nothing else changes."""
+        for stage in self._stages:
+            stage.submod.eval()
+        try:
+            return self._run(self._schedule.eval, input_ids, targets, kwargs)
+        finally:
+            for stage in self._stages:
+                stage.submod.train()
+
+    def _run(
+        self,
+        call: Callable[..., Any],
+        input_ids: Tensor | None,
+        targets: Tensor | None,
+        kwargs: Mapping[str, Tensor],
+    ) -> Tensor | None:
         for name, tensor in {"input_ids": input_ids, "targets": targets, **kwargs}.items():
             # gloo aborts the whole process when a message has another size than the one waited for
             assert tensor is None or tensor.shape == self._shape, f"{name} is {tuple(tensor.shape)}, not {self._shape}"
-        self.timer.begin()
         losses: list[Tensor] = []
-        self._schedule.step(
+        call(
             *([input_ids] if self.is_first else []),
             target=targets if self.is_last else None,
             losses=losses,

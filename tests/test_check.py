@@ -148,6 +148,13 @@ def test_groups_of_data_ranks():
         assert (possible.layout.replicas, possible.is_sharded) == (replicas, is_sharded)
 
 
+def test_evaluation_needs_text_of_its_own():
+    (line,) = complaints(recipe(train={"eval_every": 5}))
+    assert line == "train.eval_every=5 has nothing to evaluate on; give data.eval_path, or use 0"
+    (line,) = complaints(recipe(train={"eval_every": 5}, data={"eval_path": "gone.txt"}))
+    assert line.startswith("data.eval_path=gone.txt does not exist")
+
+
 def test_layers_by_hand():
     (line,) = complaints(recipe(parallel={"pipeline": 2, "microbatches": 2, "layers": [3, 2]}))
     assert line.startswith("parallel.layers=[3, 2] lays 5 layers on 2 stages, but there are 4 and 2; ")

@@ -175,7 +175,6 @@ def test_later_work_is_refused_by_name(write):
         "parallel.zero_stage=1", "parallel.expert=2", "parallel.compile=true", "precision.parameters=bfloat16",
         "data.kind=chat", "precision.reduce=float16", "parallel.activation_checkpointing=selective",
         "checkpoint.copy_to=s3://x", "model.attention=flash_attention_2", "parallel.engine=deepspeed",
-        "train.eval_every=5",
     ):  # fmt: skip
         (line,) = complaints(path, override)
         assert line.startswith(f"override `{override}`: {override.partition('=')[0]}=")

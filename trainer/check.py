@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
@@ -273,8 +274,17 @@ def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[Us
     from cuboid.trainer.tokenizer import open_tokenizer
 
     data = recipe.data
-    found = _attempt(lambda: find_corpus(data.path, text_column=data.text_column, split=data.split, subset=data.subset))
-    yield from found[0]
+    if recipe.train.eval_every and data.eval_path is None:
+        constraint = "has nothing to evaluate on"
+        yield FieldError("train.eval_every", recipe.train.eval_every, constraint, "give data.eval_path, or use 0")
+    for field, path, split in (("path", data.path, data.split), ("eval_path", data.eval_path, data.eval_split)):
+        if path is not None:
+            find = partial(find_corpus, path, text_column=data.text_column, split=split, subset=data.subset)
+            for error in _attempt(find)[0]:
+                if isinstance(error, FieldError) and error.field == "data.path":
+                    yield FieldError(f"data.{field}", error.value, error.constraint, error.remedy)
+                else:
+                    yield error
     if config is not None:
         size = config.vocab_size
         yield from _attempt(

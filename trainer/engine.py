@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,25 @@ class NativeEngine:
         """Go on after ``step`` updates with the values that were loaded into `tensors`."""
         self.optimizer.set_step(step)
         self.tied.follow()
+
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """(mean loss over the valid tokens of all data ranks, their number) of this data rank's ``batches``, as many on
+        every rank. Nothing is updated. To be called between two steps: the next forward takes over what is gathered."""
+        device, ends = self.block.device, self.pipeline
+        total, tokens = 0.0, 0
+        self.loss.num_valid_tokens = 1  # sums, divided once below
+        for batch in batches:
+            loss = ends.evaluate(
+                batch.input_ids.to(device) if ends.is_first else None,
+                batch.labels.to(device) if ends.is_last else None,
+                position_ids=batch.position_ids.to(device),
+            )
+            total += 0.0 if loss is None else float(loss)
+            tokens += int((batch.labels != IGNORE).sum()) if ends.is_last else 0
+        # every tensor rank computed the same
+        sums = torch.tensor([total, tokens], dtype=torch.float64, device=device) / self.block.layout.tensor
+        dist.all_reduce(sums)
+        return sums[0].item() / max(sums[1].item(), 1.0), round(sums[1].item())
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds as tensors, by global name; loading writes into these."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from cuboid.parallel.errors import RunFailed, UserError, UserErrors
+from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
-from cuboid.trainer.data import Dataset, prepare
+from cuboid.trainer.data import Batch, Dataset, prepare
 from cuboid.trainer.engine import NativeEngine, NotFinite, StepResult
 from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
@@ -47,6 +49,8 @@ class Run:
     versions: dict[str, str]
     """Of what computes; on rank 0."""
     dataset: Dataset
+    held_out: Dataset | None
+    """What evaluation reads."""
     engine: NativeEngine
     recorder: Recorder
     checkpointer: Checkpointer
@@ -95,8 +99,30 @@ def train_step(run: Run) -> StepResult:
         samples_read = ", ".join(f"{share.start} to {share.stop - 1}" for share in shares)
         raise RunFailed(f"step {step}: {error} (samples {samples_read}); nothing was updated") from None
     run.step = step
-    run.recorder.step(step, result, learning_rate=rate, memory=result.told[1:], pipeline=run.engine.pipeline)
+    run.recorder.step(
+        step,
+        result,
+        learning_rate=rate,
+        memory=result.told[1:],
+        pipeline=run.engine.pipeline,
+        evaluation=partial(evaluate, run, run.held_out) if run.held_out and _evaluation_is_due(run) else None,
+    )
     return result
+
+
+def evaluate(run: Run, held_out: Dataset) -> tuple[float, int]:
+    """(mean loss, predicted tokens) of the first held-out samples, each once, on every rank."""
+    plan = run.recipe.batch_plan
+    count = min(run.recipe.train.eval_batches * plan.global_batch, held_out.num_samples)
+
+    def batches() -> Iterator[Batch]:
+        for number in range(1, -(-count // plan.global_batch) + 1):
+            samples = plan.samples(number, run.block.coordinate.data)
+            batch = held_out.batch(samples)
+            beyond = torch.tensor([sample >= count for sample in samples])  # what fills up the last batch
+            yield replace(batch, labels=batch.labels.masked_fill(beyond.unsqueeze(1), IGNORE))
+
+    return run.engine.evaluate(batches())
 
 
 @contextmanager
@@ -109,6 +135,11 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     _same_on_every_rank("the data's fingerprint", dataset.fingerprint)
+    held_out = None
+    if recipe.train.eval_every and recipe.data.eval_path is not None:
+        settings = recipe.data.model_copy(update={"path": recipe.data.eval_path, "split": recipe.data.eval_split})
+        held_out = prepare(settings, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
+        _same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
     recorder.phase("data")
     engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
     recorder.phase("model")
@@ -126,6 +157,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         model_config=config.to_dict(),
         versions=versions,
         dataset=dataset,
+        held_out=held_out,
         engine=engine,
         recorder=recorder,
         checkpointer=checkpointer,
@@ -191,6 +223,10 @@ def save(run: Run) -> None:
 def _save_is_due(run: Run, *, last: bool) -> bool:
     every = run.recipe.checkpoint.every
     return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps)
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    return run.step % run.recipe.train.eval_every == 0 or run.step == run.recipe.train.steps
 
 
 def _wants_to_stop(run: Run) -> float:

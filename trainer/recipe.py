@@ -126,6 +126,10 @@ class DataSettings(Settings):
     """Split of a hub data set."""
     subset: Text | None = None
     """Subset of a hub data set that has several, by its config name."""
+    eval_path: Text | Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] | None = None
+    """What evaluation reads, given like path: text that training does not see."""
+    eval_split: Text = "validation"
+    """Split of a hub data set for evaluation."""
     text_column: Text = "text"
     """Column that holds the text, in a .jsonl, .csv or .parquet file or a hub data set."""
     tokenizer: Text = "auto"
@@ -209,8 +213,10 @@ class TrainSettings(Settings):
     """Sequences in one step: data x microbatches x microbatch size."""
     log_every: Count = 1
     """Steps between two messages to the tracker and the screen; metrics.jsonl has every step."""
-    eval_every: Annotated[CountOrZero, Offered((0,))] = 0
-    """Steps between two evaluations; 0: none."""
+    eval_every: CountOrZero = 0
+    """Steps between two evaluations of the loss on data.eval_path, the last step always; 0: none."""
+    eval_batches: Count = 8
+    """Most global batches that an evaluation reads, the same ones each time."""
 
 
 class CheckpointSettings(Settings):

@@ -7,7 +7,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,28 @@ class Recorder:
         return [float(own) if rank == self.block.rank else 0.0 for rank in range(self.block.layout.world_size)]
 
     def step(
-        self, step: int, result: StepResult, *, learning_rate: float, memory: Sequence[float], pipeline: Pipeline
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        learning_rate: float,
+        memory: Sequence[float],
+        pipeline: Pipeline,
+        evaluation: Callable[[], tuple[float, int]] | None,
     ) -> None:
-        """Write the record of a completed step; ``memory`` is `memory_by_rank` summed over ranks."""
+        """Write the record of a completed step.
+
+        ``memory`` is `memory_by_rank` summed over ranks; ``evaluation`` gives (loss, tokens) of held-out text, and is
+        called by every rank when the step has been measured.
+        """
         measured = self._meter.measure(pipeline)
         now = time.monotonic()
         seconds, self._last = now - self._last, now
+        evaluated: dict[str, float] = {}
+        if evaluation is not None:
+            loss, predicted = evaluation()
+            self._last = time.monotonic()
+            evaluated = {"eval_loss": loss, "eval_tokens": predicted, "eval_seconds": self._last - now}
         if measured is None:
             return
         tokens = self.recipe.train.global_batch * self.recipe.data.sequence_length
@@ -119,6 +135,7 @@ class Recorder:
             "step_seconds": seconds,
             "memory_peak_bytes": int(max(memory)),
             **measured.bubble.record(),
+            **evaluated,
         }
         self.log.metrics(record)
         assert self.tracker is not None

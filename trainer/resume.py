@@ -9,7 +9,18 @@ from cuboid.parallel.errors import FieldError
 from cuboid.trainer.recipe import Recipe, validated
 from cuboid.trainer.recipe_errors import shown
 
-MAY_DIFFER = ("parallel", "launch", "track", "checkpoint", "runs", "train.log_every", "train.eval_every")
+MAY_DIFFER = (
+    "parallel",
+    "launch",
+    "track",
+    "checkpoint",
+    "runs",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "data.eval_path",
+    "data.eval_split",
+)
 """Settings of the mesh, the launch and the logs: they change no sample and no number beyond rounding."""
 
 

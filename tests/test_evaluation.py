@@ -1,0 +1,78 @@
+"""Evaluation: the loss of one process on every mesh and schedule, and a training that does not notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import run_ranks
+from parity import GLOBAL_BATCH, LEARNING_RATE, Case, Reference, reference, relative
+from runs import STEPS, losses, recipe_on, run
+
+from cuboid.parallel.mesh import connect
+from cuboid.trainer.assemble import assemble
+from cuboid.trainer.data import Batch
+from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.runlog import read_metrics
+from cuboid.trainer.weights import from_full
+
+
+def evaluate_before_each_step(case: Case, expected: Reference) -> list[tuple[float, float, float]]:
+    """Relative errors of the evaluated and of the trained loss, and of the gradient norm, of each step."""
+    recipe = case.recipe()
+    with connect(recipe.layout, timeout_seconds=60) as block:
+        blueprint = draw_blueprint(read_checked_config(recipe.model))
+        engine = assemble(recipe, block, blueprint, from_full(expected.weights.__getitem__))
+        errors = []
+        for batch, loss, norm in zip(expected.batches, expected.losses, expected.norms, strict=True):
+            share = GLOBAL_BATCH // case.data
+            rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
+            own = Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
+            evaluated, tokens = engine.evaluate([own, own])
+            result = engine.backward(own)
+            assert tokens == 2 * result.tokens
+            errors.append((relative(evaluated, loss), relative(result.loss, loss), relative(result.grad_norm, norm)))
+            engine.update(result, learning_rate=LEARNING_RATE)
+        return errors
+
+
+CASES = [
+    Case(1, 2, 2, activation_checkpointing="full"),
+    Case(2, 2, 1, "gpipe", shard=False),
+    Case(2, 2, 2, "1f1b", tied=True),
+    Case(2, 2, 1, "interleaved_1f1b"),
+    Case(2, 1, 2, "looped_bfs"),
+    Case(2, 2, 1, "interleaved_zero_bubble"),
+    Case(2, 2, 1, "zbv", tied=True),
+    Case(2, 1, 1, "dualpipe_v"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_loss_is_evaluated_as_it_is_trained_and_changes_nothing(case: Case) -> None:
+    arguments = (case, reference(case.family, case.tied))
+    for errors in run_ranks(evaluate_before_each_step, case.world_size, *arguments, timeout=120):
+        for evaluated, trained, norm in errors:
+            assert evaluated <= 1e-5
+            assert trained <= 1e-5
+            assert norm <= 1e-4
+
+
+def test_a_run_evaluates_held_out_text_on_any_mesh(tmp_path: Path) -> None:
+    text = tmp_path / "held-out.txt"
+    # 17 samples: two batches and one sample
+    text.write_text("Deeds will not be less valiant because they are unpraised. " * 9)
+    changes = {"data": {"eval_path": str(text)}, "train": {"eval_every": 4, "eval_batches": 5}}
+    evaluated = {}
+    for mesh, parallel in (("1x1x1", {}), ("2x2x1", {"schedule": "zbv"})):
+        run(recipe_on(mesh, changes=changes, **parallel), tmp_path / mesh)
+        records = read_metrics(tmp_path / mesh)
+        evaluated[mesh] = {r["step"]: (r["eval_loss"], r["eval_tokens"]) for r in records if "eval_loss" in r}
+    assert list(evaluated["1x1x1"]) == [4, 8, STEPS]
+    for step, (loss, tokens) in evaluated["1x1x1"].items():
+        # each byte but the first is predicted, and the document's end; what fills the last batch is not
+        assert tokens == len(text.read_bytes())
+        assert evaluated["2x2x1"][step] == (pytest.approx(loss, rel=1e-5), tokens)
+    run(recipe_on("2x2x1", schedule="zbv"), tmp_path / "alone")
+    assert losses(tmp_path / "2x2x1") == losses(tmp_path / "alone"), "evaluation leaves no trace in training"
