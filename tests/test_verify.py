@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers  # noqa: F401  (its log handler keeps the stream that it finds first; not the runner's)
+import transformers  # also since its log handler keeps the stream that it finds first: not the runner's
 from torch.distributed.tensor import Replicate
 from typer.testing import CliRunner
 
@@ -81,6 +81,17 @@ def test_the_recipes_own_model_is_compared_where_it_is_not_shrunk(verify: Verify
     assert code == 0, printed
     assert "the same numbers" in printed
     assert "shrunk" not in printed
+
+
+def test_a_pretrained_model_is_shrunk_whatever_else_its_config_holds(verify: Verify, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(hidden_size=64, vocab_size=264, num_attention_heads=8, num_key_value_heads=4)
+    config.save_pretrained(tmp_path / "model")
+    stored = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(stored | {"unk_token_id": 0, "_private": "x"}))
+    (tmp_path / "model/model.safetensors").touch()  # its weights are not read: the shrunk model is drawn from the seed
+    code, printed = verify("model={pretrained: model}", "parallel.data=1", "parallel.tensor=1")
+    assert code == 0, printed
+    assert "shrunk to 3 layers" in printed
 
 
 def test_groups_of_data_ranks_and_bfloat16_have_their_own_words(verify: Verify) -> None:

@@ -47,6 +47,11 @@ def _from_values(values: dict[str, Any]) -> PretrainedConfig:
         raise FieldError("model.config.model_type", family, constraint) from error
 
 
+def known_keys(family: Any) -> set[str]:
+    """What a config of this class may say; a folder's config often holds more, which nobody reads."""
+    return {field.name for field in dataclasses.fields(family)} | set(family().to_dict()) | set(family.attribute_map)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without warnings of transformers, which would come once a rank; what is wrong is told by `check`."""
@@ -62,7 +67,7 @@ def _quiet() -> Iterator[None]:
 
 def _unknown_keys(values: dict[str, Any], family: Any) -> list[UserError]:
     """transformers keeps keys that it does not know and goes on, so that a typing error would be silent."""
-    known = {field.name for field in dataclasses.fields(family)} | set(family().to_dict()) | set(family.attribute_map)
+    known = known_keys(family)
     errors: list[UserError] = []
     for key in sorted(values.keys() - known):
         guess = nearest(key, sorted(known))

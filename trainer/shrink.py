@@ -7,6 +7,7 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.model_config import known_keys
 from cuboid.trainer.recipe import ModelSettings, Recipe
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
     stages, kinds = parallel.pipeline * virtual_stages(recipe), len(set(getattr(config, "layer_types", None) or [0]))
     layers = config.num_hidden_layers if parallel.layers else min(config.num_hidden_layers, max(stages + 1, 2 * kinds))
     small = shrink_config(config, tensor=parallel.tensor, layers=max(layers, stages))
-    values = {key: value for key, value in small.to_diff_dict().items() if key not in _NOT_VALUES}
+    known = known_keys(type(config)) - set(_NOT_VALUES)
+    values = {key: value for key, value in small.to_diff_dict().items() if key in known}
     plan = recipe.batch_plan
     return recipe.model_copy(
         update={

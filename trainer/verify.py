@@ -34,7 +34,7 @@ from cuboid.trainer.tokens import cache_folder
 STEPS = 3
 TOLERANCES = {
     "float32": {"loss_rel": 1e-6, "grad_norm_rel": 1e-5, "gradient_rel": 1e-5, "update_rel": 1e-3},
-    "bfloat16": {"loss_rel": 2e-4, "grad_norm_rel": 1e-2, "gradient_rel": 5e-2, "update_rel": 2.5e-1},
+    "bfloat16": {"loss_rel": 2e-4, "grad_norm_rel": 1e-2, "gradient_rel": 5e-2, "update_rel": 5e-1},
 }
 """By the type of activations. In float32 another order of the same sums moves a loss by 4e-7, a gradient by 5e-6 of its
 largest element, and an update by 6e-5 of its norm: AdamW divides by the gradient's own size, so that small ones count
