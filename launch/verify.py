@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cuboid.launch import local
 from cuboid.launch.training import checked_recipe
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.verify import STEPS, Verdict, reference, run_mesh, small_recipe, verdict
+
+if TYPE_CHECKING:
+    from cuboid.trainer.verify import Verdict
 
 _CPU = ("launch.launcher=local", "launch.device=cpu", "launch.max_failures=0")
 
@@ -23,7 +27,11 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
     Raises:
         UserError: the recipe cannot run so, in the same words as for `train`.
     """
+    # ranks are forked from this process, which computes too: a pool of threads would be gone in them, and waited for
+    os.environ["OMP_NUM_THREADS"] = "1"
     original = checked_recipe(name, [*overrides, *_CPU])
+    from cuboid.trainer.verify import reference, run_mesh, small_recipe, verdict
+
     recipe = small_recipe(original) if shrink else original
     expected = reference(recipe, original)
     folder = Path(tempfile.mkdtemp(prefix="cuboid-verify-"))
@@ -40,6 +48,8 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
 
 
 def _print(found: Verdict, recipe: Recipe, *, shrunk: bool) -> None:
+    from cuboid.trainer.verify import STEPS
+
     layers = f", shrunk to {recipe.model.config['num_hidden_layers']} layers" if shrunk and recipe.model.config else ""
     print(f"one process against {found.mesh}{layers}")
     print(f"{'largest difference of':<24}{'found':>9}  {'allowed':>7}  where")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,16 @@ def test_a_pretrained_model_is_shrunk_whatever_else_its_config_holds(verify: Ver
     code, printed = verify("model={pretrained: model}", "parallel.data=1", "parallel.tensor=1")
     assert code == 0, printed
     assert "shrunk to 3 layers" in printed
+
+
+@pytest.mark.parametrize("threads", [None, "4"])
+def test_ranks_do_not_wait_for_threads_of_the_process_that_forked_them(threads: str | None) -> None:
+    Path("small.yaml").write_text(RECIPE.format(family="llama"))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {} if threads is None else {"OMP_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "cuboid.launch.cli", "verify", "small.yaml", "--shrink", "none"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_groups_of_data_ranks_and_bfloat16_have_their_own_words(verify: Verify) -> None:

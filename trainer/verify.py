@@ -124,6 +124,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         recipe: whose model is trained.
         original: whose tokenizer and text are read; ids beyond a smaller vocabulary wrap around.
     """
+    torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
     blueprint = _blueprint(recipe)
     model = whole_model(blueprint)
     read = initial_weights(recipe, blueprint)
