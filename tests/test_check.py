@@ -139,6 +139,14 @@ def test_what_a_schedule_that_splits_backwards_cannot_take():
     check(recipe(parallel=split | {"reshard": "auto", "activation_checkpointing": "none"}), CPU)
 
 
+def test_an_old_torch_lays_no_v(monkeypatch):
+    monkeypatch.setattr("cuboid.trainer.check._torch_version", lambda: (2, 11))
+    (line,) = complaints(recipe(parallel={"pipeline": 2, "microbatches": 4, "schedule": "dualpipe_v"}))
+    assert line.startswith("parallel.schedule=dualpipe_v lays neighbouring stages on one rank, which torch ")
+    assert line.endswith("cannot start; use torch 2.13 or newer, or schedule interleaved_zero_bubble")
+    check(recipe(parallel={"pipeline": 2, "microbatches": 4, "schedule": "interleaved_zero_bubble"}), CPU)
+
+
 def test_groups_of_data_ranks():
     (line,) = complaints(recipe(parallel={"data": 4, "shard": 3, "microbatches": 4}))
     assert line == "parallel.shard=3 does not divide parallel.data=4 into groups; use 1, 2 or 4, or true or false"

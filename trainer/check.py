@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
+_TORCH_FOR_A_V = (2, 13)
 RANKS_PER_CORE = 32
 """Bound on CPU ranks: a rank takes some 200 MB, so that more are a typing error and not a plan."""
 
@@ -153,6 +155,11 @@ def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
         constraint = "has nothing to interleave on 1 pipeline rank"
         yield FieldError("parallel.schedule", name, constraint, "use 1f1b, or parallel.pipeline=2 or more")
         return
+    if SCHEDULES[name].v_shaped and find_spec("torch") and _torch_version() < _TORCH_FOR_A_V:
+        # torch 2.11 opens its connections by sending from each stage to the next, also where both stand on one rank
+        constraint = f"lays neighbouring stages on one rank, which torch {metadata.version('torch')} cannot start"
+        remedy = "use torch 2.13 or newer, or schedule interleaved_zero_bubble"
+        yield FieldError("parallel.schedule", name, constraint, remedy)
     if SCHEDULES[name].splits_backward and recipe.parallel.reshard is True:
         # FSDP would free the parameters between the two halves of a backward, and the second read what is not there
         constraint = f"frees parameters that {name} needs again for the weight gradients"
@@ -166,6 +173,10 @@ def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
         virtual_stages=virtual_stages(recipe),
         microbatches=recipe.parallel.microbatches,
     )
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version("torch").split(".")[:2])
 
 
 def virtual_stages(recipe: Recipe) -> int:
