@@ -18,21 +18,24 @@ from cuboid.trainer.runlog import read_metrics
 from cuboid.trainer.weights import from_full
 
 
-def evaluate_before_each_step(case: Case, expected: Reference) -> list[tuple[float, float, float]]:
-    """Relative errors of the evaluated and of the trained loss, and of the gradient norm, of each step."""
+def evaluate_between_steps(case: Case, expected: Reference) -> list[tuple[float, float, float]]:
+    """Relative errors of the evaluated loss, the trained one and the gradient norm of each step but the first."""
     recipe = case.recipe()
     with connect(recipe.layout, timeout_seconds=60) as block:
         blueprint = draw_blueprint(read_checked_config(recipe.model))
         engine = assemble(recipe, block, blueprint, from_full(expected.weights.__getitem__))
         errors = []
-        for batch, loss, norm in zip(expected.batches, expected.losses, expected.norms, strict=True):
+        for step, batch in enumerate(expected.batches):
             share = GLOBAL_BATCH // case.data
             rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
             own = Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
-            evaluated, tokens = engine.evaluate([own, own])
+            evaluated, tokens = engine.evaluate([own, own]) if step else (0.0, 0)
             result = engine.backward(own)
-            assert tokens == 2 * result.tokens
-            errors.append((relative(evaluated, loss), relative(result.loss, loss), relative(result.grad_norm, norm)))
+            loss, norm = expected.losses[step], expected.norms[step]
+            if step:
+                assert tokens == 2 * result.tokens
+                found = (relative(evaluated, loss), relative(result.loss, loss), relative(result.grad_norm, norm))
+                errors.append(found)
             engine.update(result, learning_rate=LEARNING_RATE)
         return errors
 
@@ -52,7 +55,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_loss_is_evaluated_as_it_is_trained_and_changes_nothing(case: Case) -> None:
     arguments = (case, reference(case.family, case.tied))
-    for errors in run_ranks(evaluate_before_each_step, case.world_size, *arguments, timeout=120):
+    for errors in run_ranks(evaluate_between_steps, case.world_size, *arguments, timeout=120):
         for evaluated, trained, norm in errors:
             assert evaluated <= 1e-5
             assert trained <= 1e-5
