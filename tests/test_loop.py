@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -144,52 +145,56 @@ def test_a_checkpoint_that_stands_at_another_sample_is_refused(tmp_path: Path) -
         run_ranks(train, 1, recipe, tmp_path, timeout=60)
 
 
-def _poisoned_loss(recipe: Recipe, folder: Path) -> None:
-    """A rank of data coordinate 1 computes a loss that is not a number in step 5."""
-    loss = SummedCrossEntropy.__call__
-
-    def call(self: SummedCrossEntropy, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        bad = os.environ["RANK"] == "3" and len(read_metrics(folder)) == 4
-        return loss(self, logits, labels) * (float("nan") if bad else 1.0)
-
-    SummedCrossEntropy.__call__ = call  # type: ignore[method-assign]
-    train(recipe, folder)
-
-
-POISONED = "model.layers.3.mlp.down_proj.weight"
-
-
-def _poisoned_gradient(recipe: Recipe, folder: Path) -> None:
-    """One gradient of the second stage is not a number in step 5; the loss is finite."""
-    backward = NativeEngine.backward
+def _train_poisoned(recipe: Recipe, folder: Path, rank: str, poison: Callable[[NativeEngine], None]) -> None:
+    """The rank is poisoned as its step 5 begins: it counts for itself, for rank 0 may yet have to write of step 4."""
+    backward, steps = NativeEngine.backward, itertools.count(1)
 
     def called(engine: NativeEngine, *args: Any, **told: Any) -> StepResult:
-        if os.environ["RANK"] == "1" and len(read_metrics(folder)) == 4:
-            dict(engine.parameters)[POISONED].register_hook(lambda gradient: gradient * float("nan"))
+        if next(steps) == 5 and os.environ["RANK"] == rank:
+            poison(engine)
         return backward(engine, *args, **told)
 
     NativeEngine.backward = called  # type: ignore[method-assign]
     train(recipe, folder)
 
 
+def _poison_loss(engine: NativeEngine) -> None:
+    """The rank computes a loss that is not a number."""
+    loss = SummedCrossEntropy.__call__
+
+    def call(self: SummedCrossEntropy, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss(self, logits, labels) * float("nan")
+
+    SummedCrossEntropy.__call__ = call  # type: ignore[method-assign]
+
+
+POISONED = "model.layers.3.mlp.down_proj.weight"
+
+
+def _poison_gradient(engine: NativeEngine) -> None:
+    """One gradient of the second stage is not a number; the loss is finite."""
+    dict(engine.parameters)[POISONED].register_hook(lambda gradient: gradient * float("nan"))
+
+
 @pytest.mark.parametrize(
-    ("mesh", "work", "words"),
+    ("mesh", "rank", "poison", "words"),
     [
-        ("2x2x1", _poisoned_loss, r"the loss is nan, first on rank 3 \(samples 36 to 39\)"),
+        ("2x2x1", "3", _poison_loss, r"the loss is nan, first on rank 3 \(samples 36 to 39\)"),
         (
             "2x1x1",
-            _poisoned_gradient,
+            "1",
+            _poison_gradient,
             rf"the gradient norm is nan, first on rank 1 in {POISONED} \(samples 32 to 39\)",
         ),
     ],
     ids=["loss", "gradient"],
 )
 def test_what_is_not_finite_stops_before_the_update(
-    tracked: Path, tmp_path: Path, mesh: str, work: Callable[..., None], words: str
+    tracked: Path, tmp_path: Path, mesh: str, rank: str, poison: Callable[[NativeEngine], None], words: str
 ) -> None:
     recipe = recipe_on(mesh)
     with pytest.raises(RanksFailed, match=f"RunFailed: step 5: {words}; nothing was updated"):
-        run_ranks(work, recipe.layout.world_size, recipe, tmp_path, timeout=60)
+        run_ranks(_train_poisoned, recipe.layout.world_size, recipe, tmp_path, rank, poison, timeout=60)
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4]
     run(recipe, tmp_path)
     check_resumed(tmp_path, at=3)
