@@ -30,7 +30,7 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSpec:
-    """What a schedule is called, what it needs, and which step of the project offers it."""
+    """What a schedule is called and what it needs."""
 
     name: str
     torch_name: str

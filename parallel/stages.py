@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,24 +65,30 @@ def split_layers(costs: Costs, num_stages: int) -> list[range]:
     such splits the most even one (least sum of squares), and then the one with more layers in front."""
     count = len(costs.layers)
     assert 1 <= num_stages <= count, f"{count} layers cannot fill {num_stages} stages"
-    # best[stop]: of the first `stop` layers the costliest stage, the sum of squares, and where the stages end: negated,
-    # so that of two equal splits the smaller tuple is the one with more layers in front
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    limit, _ = _least(costs, num_stages, max)
+    _, ends = _least(costs, num_stages, lambda total, cost: total + cost * cost if cost <= limit else math.inf)
+    return [range(start, stop) for start, stop in pairwise((0, *ends))]
+
+
+def _least(costs: Costs, num_stages: int, add: Callable[[float, float], float]) -> tuple[float, list[int]]:
+    """The least that ``add`` makes of all stages' costs, one after the other from 0.0, and where those stages end."""
+    count = len(costs.layers)
+    # best[stop]: of the first `stop` layers; ends are negated, so that of two equal splits the smaller tuple is the one
+    # with more layers in front
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(num_stages):
         is_last = stage == num_stages - 1
         beside = (costs.embedding if stage == 0 else 0.0) + (costs.head if is_last else 0.0)
-        stops = [count] if is_last else range(stage + 1, count - (num_stages - stage - 1) + 1)
-        longer = {}
-        for stop in stops:
-            options = []
-            for start, (most, squares, bounds) in best.items():
-                if start < stop:
-                    cost = beside + sum(costs.layers[start:stop])
-                    options.append((max(most, cost), squares + cost * cost, (*bounds, -stop)))
-            longer[stop] = min(options)
-        best = longer
-    ends = [-end for end in best[count][2]]
-    return [range(start, stop) for start, stop in pairwise((0, *ends))]
+        best = {
+            stop: min(
+                (add(total, beside + sum(costs.layers[start:stop])), (*ends, -stop))
+                for start, (total, ends) in best.items()
+                if start < stop
+            )
+            for stop in ([count] if is_last else range(stage + 1, count - (num_stages - stage - 1) + 1))
+        }
+    total, ends = best[count]
+    return total, [-end for end in ends]
 
 
 class Stage(nn.Module):

@@ -96,7 +96,7 @@ def all_splits(layers: int, stages: int) -> list[list[range]]:
     return [[range(*pair) for pair in pairwise((0, *bounds, layers))] for bounds in inner]
 
 
-def test_the_costliest_stage_costs_as_little_as_any_split_allows() -> None:
+def test_the_costliest_stage_costs_as_little_as_any_split_allows_and_the_others_are_even() -> None:
     dice = random.Random(0)
     for _ in range(60):
         layers, stages = dice.randint(1, 9), dice.randint(1, 5)
@@ -107,7 +107,10 @@ def test_the_costliest_stage_costs_as_little_as_any_split_allows() -> None:
         assert [layer for part in found for layer in part] == list(range(layers)), "every layer once, in order"
         assert all(found)
         possible = [costs.of(split) for split in all_splits(layers, stages)]
-        assert max(costs.of(found)) == pytest.approx(min(map(max, possible)))
+        least = min(map(max, possible))
+        assert max(costs.of(found)) == pytest.approx(least)
+        even = min(sum(cost * cost for cost in split) for split in possible if max(split) <= least * (1 + 1e-9))
+        assert sum(cost * cost for cost in costs.of(found)) == pytest.approx(even)
 
 
 def test_a_costly_head_leaves_the_last_stage_few_layers() -> None:
