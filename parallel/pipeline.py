@@ -9,20 +9,29 @@ and are counted as work; only with interleaving torch gathers sharded parameters
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    get_schedule_class,
+)
 
 from cuboid.parallel.schedules import SCHEDULES, Action
 
 T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+LENGTHS_KEPT = 4
+"""So many lengths of sequence, the newest ones, stay ready to run: each holds the buffers of a step's messages. To make
+one ready again takes about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,15 @@ class Timer:
         self._marks[-1][5] += time.thread_time() - thread_seconds
         return result
 
+    @contextmanager
+    def unnoticed(self) -> Iterator[None]:
+        """Within: what runs is no part of the step."""
+        marks = len(self._marks)
+        try:
+            yield
+        finally:
+            del self._marks[marks:]
+
     def read(self) -> list[ActionTime]:
         """The times of the step that `begin` began, in the order in which they ran; waits for the device on CUDA."""
         if self.cuda and self._marks:
@@ -144,6 +162,13 @@ class TimedStage(PipelineStage):
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
+class _Ready(NamedTuple):
+    """What runs steps of one length: torch's stages and schedules know the sizes of all messages beforehand."""
+
+    stages: list[TimedStage]
+    schedule: PipelineScheduleSingle | PipelineScheduleMulti
+
+
 class Pipeline:
     """This rank's stages, their schedule, and one step.
 
@@ -151,12 +176,13 @@ class Pipeline:
         modules: stage number -> module, those of `schedules.stage_indices` for this rank. A module's forward is
             ``forward(x, *, <kwargs of step>)``: x is the token ids on the first stage and hidden states later; the last
             stage returns what ``loss`` takes. Modules may be wrapped by ``fully_shard`` or ``replicate``: gradients
-            then pile up over the microbatches and are reduced once a step, in the action R.
+            then pile up over the microbatches and are reduced once a step, in the action R. Parameters that need no
+            gradient get none, on any stage.
         loss: ``loss(output, targets) -> scalar`` of one microbatch, a sum (nothing is scaled here).
         group: the ranks of this pipeline, in the order of the pipeline axis; a group of 1 works too.
         boundary, logits: examples on ``meta`` of ONE microbatch: the hidden states [B, T_local, D] that travel between
             stages, and the last stage's output [B, T, ...]; token ids are int64 [B, T]. Shapes are static, so no
-            microbatch runs twice to learn them; other shapes need another `Pipeline`.
+            microbatch runs twice to learn them. A step may be of another length: T_local follows in proportion.
 
     The number of stages is that of ``modules`` times the ranks of ``group``.
     """
@@ -172,67 +198,49 @@ class Pipeline:
         boundary: Tensor,
         logits: Tensor,
     ) -> None:
+        self.modules = dict(sorted(modules.items()))
         self.microbatches = microbatches
+        self.rows = logits.shape[0] * microbatches
+        """Sequences of a step."""
         self.num_stages = group.size() * len(modules)
         self.is_first, self.is_last = 0 in modules, self.num_stages - 1 in modules
         self.timer = Timer(_device(modules))
-        self._shape = (logits.shape[0] * microbatches, logits.shape[1])
-        self._loss = loss
-        token_ids = torch.empty(logits.shape[:2], dtype=torch.int64, device="meta")
-        # Torch leaves the hidden states that a stage receives without gradient unless the example asks for it.
-        boundary = torch.empty_like(boundary, device="meta").requires_grad_()
-        self._stages = []
-        for number, module in sorted(modules.items()):
-            stage = TimedStage(
-                module,
-                number,
-                self.num_stages,
-                _device(modules),
-                input_args=token_ids if number == 0 else boundary,
-                output_args=logits if number == self.num_stages - 1 else boundary,
-                group=group,
-            )
-            stage.timer = self.timer
-            self._stages.append(stage)
-        kind = get_schedule_class(SCHEDULES[schedule].torch_name)
-        stages = self._stages[0] if issubclass(kind, PipelineScheduleSingle) else self._stages
-        self._schedule = kind(stages, n_microbatches=microbatches, loss_fn=self._timed_loss, scale_grads=False)
+        self._kind = get_schedule_class(SCHEDULES[schedule].torch_name)
+        self._group, self._loss, self._boundary, self._logits = group, loss, boundary, logits
+        self._ready: dict[int, _Ready] = {}
         self.entered_seconds = 0.0
 
     def step(self, input_ids: Tensor | None, targets: Tensor | None, **kwargs: Tensor) -> Tensor | None:
         """Forward and backward of this data rank's whole share; gradients accumulate into ``.grad``.
 
         ``input_ids`` [microbatches * B, T] is needed on the first stage's rank and ``targets`` on the last's; each of
-        ``kwargs`` goes to every stage of every rank, split by its first dimension like the ids. Returns the sum of the
+        ``kwargs`` goes to every stage of every rank, split by its first dimension like the ids. T may be another in
+        each step, the same on all ranks of the pipeline; what a rank is given tells it. Returns the sum of the
         microbatch losses in float32, detached, on the last stage's rank, and None elsewhere. When it returns, no
         activation is held.
         """
         self.entered_seconds = time.monotonic()
         self.timer.begin()
-        return self._run(self._schedule.step, input_ids, targets, kwargs)
+        return self._run(input_ids, targets, kwargs, backward=True)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor | None, targets: Tensor | None, **kwargs: Tensor) -> Tensor | None:
         """`step` without a backward: the sum of the microbatch losses, and nothing else changes."""
-        for stage in self._stages:
-            stage.submod.eval()
+        for module in self.modules.values():
+            module.eval()
         try:
-            return self._run(self._schedule.eval, input_ids, targets, kwargs)
+            with self.timer.unnoticed():
+                return self._run(input_ids, targets, kwargs, backward=False)
         finally:
-            for stage in self._stages:
-                stage.submod.train()
+            for module in self.modules.values():
+                module.train()
 
     def _run(
-        self,
-        call: Callable[..., Any],
-        input_ids: Tensor | None,
-        targets: Tensor | None,
-        kwargs: Mapping[str, Tensor],
+        self, input_ids: Tensor | None, targets: Tensor | None, kwargs: Mapping[str, Tensor], *, backward: bool
     ) -> Tensor | None:
-        for name, tensor in {"input_ids": input_ids, "targets": targets, **kwargs}.items():
-            # gloo aborts the whole process when a message has another size than the one waited for
-            assert tensor is None or tensor.shape == self._shape, f"{name} is {tuple(tensor.shape)}, not {self._shape}"
+        ready = self._ready_for(self._length({"input_ids": input_ids, "targets": targets, **kwargs}))
         losses: list[Tensor] = []
+        call: Callable[..., Any] = ready.schedule.step if backward else ready.schedule.eval
         call(
             *([input_ids] if self.is_first else []),
             target=targets if self.is_last else None,
@@ -240,9 +248,52 @@ class Pipeline:
             return_outputs=False,
             **kwargs,
         )
-        for stage in self._stages:
+        for stage in ready.stages:
             stage.clear_runtime_states()
         return torch.stack([loss.detach().float() for loss in losses]).sum() if self.is_last else None
+
+    def _length(self, given: Mapping[str, Tensor | None]) -> int:
+        """Tokens of a sequence of this step."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
+        (rows, length), *others = set(shapes.values())
+        # gloo aborts the whole process when a message has another size than the one waited for
+        assert not others, f"a step has sequences of one length, not {shapes}"
+        assert rows == self.rows, f"a step has {self.rows} sequences, not {rows}"
+        ranks = self._logits.shape[1] // self._boundary.shape[1]
+        assert length % ranks == 0, f"{length} tokens cannot be divided among {ranks} tensor ranks"
+        return length
+
+    def _ready_for(self, length: int) -> _Ready:
+        """Every rank of a pipeline sees the same lengths, so that all make and drop theirs in the same step."""
+        ready = self._ready.pop(length, None) or self._make_ready(length)
+        self._ready[length] = ready
+        if len(self._ready) > LENGTHS_KEPT:
+            del self._ready[next(iter(self._ready))]  # the one not used for longest
+        return ready
+
+    def _make_ready(self, length: int) -> _Ready:
+        local = self._boundary.shape[1] * length // self._logits.shape[1]
+        logits = _of_length(self._logits, length)
+        token_ids = torch.empty(logits.shape[:2], dtype=torch.int64, device="meta")
+        # Torch leaves the hidden states that a stage receives without gradient unless the example asks for it; it must
+        # also where all before is frozen, or a split backward would pass over weights of this stage in silence.
+        boundary = _of_length(self._boundary, local).requires_grad_()
+        stages = []
+        for number, module in self.modules.items():
+            stage = TimedStage(
+                module,
+                number,
+                self.num_stages,
+                _device(self.modules),
+                input_args=token_ids if number == 0 else boundary,
+                output_args=logits if number == self.num_stages - 1 else boundary,
+                group=self._group,
+            )
+            stage.timer = self.timer
+            stages.append(stage)
+        of_rank = stages[0] if issubclass(self._kind, PipelineScheduleSingle) else stages
+        schedule = self._kind(of_rank, n_microbatches=self.microbatches, loss_fn=self._timed_loss, scale_grads=False)
+        return _Ready(stages, schedule)
 
     @property
     def times(self) -> list[ActionTime]:
@@ -251,6 +302,11 @@ class Pipeline:
 
     def _timed_loss(self, output: Tensor, targets: Tensor) -> Tensor:
         return self.timer.prolong(lambda: self._loss(output, targets))
+
+
+def _of_length(example: Tensor, length: int) -> Tensor:
+    batch, _, *rest = example.shape
+    return torch.empty(batch, length, *rest, dtype=example.dtype, device="meta")
 
 
 def _device(modules: Mapping[int, nn.Module]) -> torch.device:

@@ -6,18 +6,21 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from cuboid.parallel.gradients import local
 from cuboid.parallel.loss import IGNORE
-from cuboid.parallel.mesh import connect
+from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import NativeEngine
@@ -43,6 +46,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 5},
 }
 
+FROZEN: dict[str, tuple[str, ...]] = {
+    "nothing": (),
+    "leading": ("model.embed_tokens.*", "model.layers.[012].*"),
+    "middle": ("model.layers.[1234].*",),
+    "trailing": ("model.layers.[345].*", "model.norm.*", "lm_head.*"),
+    "norms": ("*norm*",),
+    "embedding": ("model.embed_tokens.*",),
+}
+"""Which parameters are not trained. A tied head goes with the embedding; `test_frozen` says which stages are whole."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -58,11 +71,13 @@ class Case:
     sequence: bool = True
     activation_checkpointing: str = "none"
     microbatches: int = 4
+    frozen: str = "nothing"
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
-        return "-".join(words + ["recomputed"] * (self.activation_checkpointing == "full"))
+        words += ["recomputed"] * (self.activation_checkpointing == "full")
+        return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
 
     @property
     def world_size(self) -> int:
@@ -71,6 +86,7 @@ class Case:
     def recipe(self) -> Recipe:
         parallel = asdict(self)
         config = model_config(parallel.pop("family"), parallel.pop("tied"))
+        parallel.pop("frozen")
         return Recipe.model_validate(
             {
                 "name": "parity",
@@ -110,61 +126,81 @@ class Reference:
     losses: list[float]
     norms: list[float]
     gradients: dict[str, torch.Tensor]
-    """Of the first step, before clipping."""
+    """Of the first step, before clipping; of what is trained."""
     updates: dict[str, torch.Tensor]
-    """Weights after the last step minus weights before the first."""
+    """Weights after the last step minus weights before the first, of what is trained."""
 
 
-def make_batch(seed: int) -> Batch:
+def make_batch(seed: int, rows: int = GLOBAL_BATCH, tokens: int = TOKENS) -> Batch:
     """Random tokens with very uneven label masks, and documents that begin in the middle of sequences."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, TOKENS + 1), generator=generator)
-    labels, positions = ids[:, 1:].clone(), torch.arange(TOKENS).repeat(GLOBAL_BATCH, 1)
-    for row in range(GLOBAL_BATCH):
-        labels[row, : row * TOKENS // GLOBAL_BATCH] = IGNORE
-        start = 1 + (5 * row) % (TOKENS - 1)
+    ids = torch.randint(0, VOCABULARY, (rows, tokens + 1), generator=generator)
+    labels, positions = ids[:, 1:].clone(), torch.arange(tokens).repeat(rows, 1)
+    for row in range(rows):
+        labels[row, : row * tokens // rows] = IGNORE
+        start = 1 + (5 * row) % (tokens - 1)
         if row % 3:
             positions[row, start:] -= start
     return Batch(ids[:, :-1].contiguous(), labels.contiguous(), positions)
 
 
-@functools.cache
-def reference(family: str, tied: bool) -> Reference:
-    """Plain transformers and torch: the whole model, the whole batch, a mean over all valid tokens."""
-    config = read_checked_config(Case(family=family, tied=tied).recipe().model)
+def freeze(model: nn.Module, frozen: str) -> None:
+    """As an adapter does before the model is cut: these parameters are not trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in FROZEN[frozen]))
+
+
+def one_process(case: Case) -> nn.Module:
+    """The whole model as transformers computes it, with values that let every part show."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(read_checked_config(case.recipe().model))
     with torch.no_grad():  # norms away from one and biases away from zero, so that a wrong gradient of theirs shows
         for parameter in model.parameters():
             noise = 0.1 * torch.randn_like(parameter)
             parameter.copy_(parameter + noise if parameter.dim() == 1 else 3 * parameter)
+    freeze(model, case.frozen)
+    return model
+
+
+def backward(model: nn.Module, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of the whole batch, a mean over all valid tokens, and the gradient of each parameter that is trained."""
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    loss = loss / (batch.labels != IGNORE).sum()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients.items():  # an error relative to nothing would mean nothing
+        assert gradient.abs().max() > 0, f"{name} has no gradient"
+    return loss.item(), gradients
+
+
+@functools.cache
+def reference(family: str, tied: bool, frozen: str = "nothing") -> Reference:
+    """Plain transformers and torch: the whole model, the whole batch, clipped AdamW."""
+    model = one_process(Case(family=family, tied=tied, frozen=frozen))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
-        {"params": [p for n, p in model.named_parameters() if is_decayed(n, p) is wanted], "weight_decay": decay}
+        {"params": [p for n, p in trained.items() if is_decayed(n, p) is wanted], "weight_decay": decay}
         for wanted, decay in ((True, 0.1), (False, 0.0))
     ]
     adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS)
-    losses, norms, gradients = [], [], {}
+    losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
-    for step, batch in enumerate(batches):
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        loss = loss / (batch.labels != IGNORE).sum()
-        loss.backward()
-        if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+    for batch in batches:
+        loss, of_step = backward(model, batch)
+        losses.append(loss)
+        gradients.append(of_step)
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item())
         adamw.step()
         adamw.zero_grad()
-    updates = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    updates = {name: p.detach() - before[name] for name, p in trained.items()}
     # what is compared must be there: an error relative to nothing would mean nothing
     assert min(losses) > 0
     assert min(norms) > CLIP, f"a step that does not clip: {norms}"
-    for name, gradient in gradients.items():
-        assert gradient.abs().max() > 0, f"{name} has no gradient"
-        assert updates[name].norm() > 0, f"{name} does not move"
-    return Reference(before, batches, losses, norms, gradients, updates)
+    for name, update in updates.items():
+        assert update.norm() > 0, f"{name} does not move"
+    return Reference(before, batches, losses, norms, gradients[0], updates)
 
 
 @dataclass(frozen=True)
@@ -199,8 +235,7 @@ class Watch:
     def __init__(self, engine: NativeEngine) -> None:
         self._engine, self._calls = engine, Counter[str]()
         self._tokens, self._boundaries, self._logits = set[int](), set[tuple[int, ...]](), set[tuple[int, ...]]()
-        for timed in engine.pipeline._stages:
-            stage = timed.submod
+        for stage in engine.pipeline.modules.values():
             outputs = self._logits if stage.is_last else self._boundaries
             stage.register_forward_hook(lambda _, args, output, outputs=outputs: outputs.add(tuple(output.shape)))
             for index, layer in stage.layers.items():
@@ -239,6 +274,8 @@ class Difference:
     """Of the first step."""
     worst_gradient: str
     missing: tuple[str, ...]
+    touched: tuple[str, ...]
+    """Frozen parameters that got a gradient, a state in the optimizer, or another bit."""
     update: float
     worst_update: str
     work: Work = field(repr=False)
@@ -258,40 +295,79 @@ def relative(found: float, expected: float) -> float:
 
 
 def worst(errors: Iterable[tuple[torch.Tensor, str]]) -> tuple[float, str]:
-    """The largest error and its name. Nothing is larger than NaN, and `max` would pass over it: it is refused."""
+    """The largest error and its name; (0, "") on a rank that trains nothing. Nothing is larger than NaN, and `max`
+    would pass over it: it is refused."""
     found = [(error.item(), name) for error, name in errors]
     broken = [f"{name}: {error}" for error, name in found if not math.isfinite(error)]
     assert not broken, f"not finite: {', '.join(broken)}"
-    return max(found)
+    return max(found, default=(0.0, ""))
+
+
+@contextmanager
+def assembled(case: Case, weights: Mapping[str, torch.Tensor]) -> Iterator[NativeEngine]:
+    """The engine of this rank, assembled as a run does it, with what the case freezes frozen before."""
+    recipe = case.recipe()
+    with connect(recipe.layout, timeout_seconds=60) as block:
+        blueprint = draw_blueprint(read_checked_config(recipe.model))
+        freeze(blueprint.model, case.frozen)
+        yield assemble(recipe, block, blueprint, from_full(weights.__getitem__))
+
+
+def own_share(batch: Batch, block: Block) -> Batch:
+    """This data rank's samples; of a batch with fewer than the plan's, the last ranks have few or none."""
+    share = GLOBAL_BATCH // block.layout.data
+    rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
+    return Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
+
+
+def compare_gradients(engine: NativeEngine, wanted: Mapping[str, torch.Tensor]) -> tuple[float, str, list[str]]:
+    """The worst gradient's error and name, and the names of this rank's parameters that have none and should."""
+    errors, missing = [], []
+    for name, parameter in engine.parameters:
+        if parameter.grad is not None and name in wanted:
+            error = (full(parameter.grad) - wanted[name]).abs().max() / wanted[name].abs().max()
+            errors.append((error, name))
+        elif name in wanted:
+            missing.append(name)
+    return *worst(errors), missing
 
 
 def compare(case: Case, expected: Reference) -> Difference:
     """Runs in every rank: a first backward for the gradients, then the optimizer steps."""
-    recipe = case.recipe()
-    with connect(recipe.layout, timeout_seconds=60) as block:
-        blueprint = draw_blueprint(read_checked_config(recipe.model))
-        engine = assemble(recipe, block, blueprint, from_full(expected.weights.__getitem__))
+    with assembled(case, expected.weights) as engine:
         watch = Watch(engine)
-        losses, norms, missing, errors = [], [], [], []
+        losses, norms = [], []
+        kept = [name for name, _ in engine.parameters if name not in expected.gradients]
+        touched = [name for name in engine.optimizer.state() if name.partition(".")[2] in kept]
         for step, batch in enumerate(expected.batches):
-            share = GLOBAL_BATCH // case.data
-            rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
-            result = engine.backward(Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows]))
+            result = engine.backward(own_share(batch, engine.block))
             losses.append(relative(result.loss, expected.losses[step]))
             norms.append(relative(result.grad_norm, expected.norms[step]))
             if step == 0:
                 work = watch.work()
-                for name, parameter in engine.parameters:
-                    if parameter.grad is None:
-                        missing.append(name)
-                        continue
-                    wanted = expected.gradients[name]
-                    errors.append(((full(parameter.grad) - wanted).abs().max() / wanted.abs().max(), name))
+                *gradient, missing = compare_gradients(engine, expected.gradients)
+                touched += [name for name, p in engine.parameters if name in kept and p.grad is not None]
             engine.update(result, learning_rate=LEARNING_RATE)
         moved = {name: full(parameter.detach()) - expected.weights[name] for name, parameter in engine.parameters}
+        touched += [name for name in kept if moved[name].any()]
         updates = [
             ((moved[name] - update).norm() / update.norm(), name)
             for name, update in expected.updates.items()
             if name in moved
         ]
-    return Difference(tuple(losses), tuple(norms), *worst(errors), tuple(missing), *worst(updates), work)
+    return Difference(tuple(losses), tuple(norms), *gradient, tuple(missing), tuple(touched), *worst(updates), work)
+
+
+def assert_same_numbers(ranks: Iterable[Difference], expected: Reference) -> None:
+    """Each rank's loss, gradient norm, gradients and updates are those of one process, within float rounding."""
+    assert set().union(*(rank.seen for rank in ranks)) == set(expected.weights), "every parameter stands somewhere"
+    for rank in ranks:
+        assert not rank.missing, f"no gradient: {rank.missing}"
+        assert not rank.touched, f"frozen, and yet: {rank.touched}"
+        assert rank.gradient <= 1e-5, rank
+        assert rank.update <= 2e-4, rank
+        # the first step has the same weights; the later ones also show what the updates did to them
+        for loss, tolerance in zip(rank.losses, (1e-6, 1e-5, 1e-5), strict=True):
+            assert loss <= tolerance, rank
+        for norm, tolerance in zip(rank.grad_norms, (1e-5, 1e-4, 1e-4), strict=True):
+            assert norm <= tolerance, rank

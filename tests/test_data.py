@@ -19,6 +19,7 @@ import torch
 from samples import BYTES, prepared
 
 from cuboid.parallel.errors import FieldError
+from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.corpus import find_corpus
 from cuboid.trainer.data import Dataset, permute
 from cuboid.trainer.tokenizer import open_tokenizer
@@ -137,6 +138,20 @@ def test_a_batch_costs_less_than_a_millisecond(tmp_path):
         data.batch(range(16 * step, 16 * step + 16))
         seconds.append(time.thread_time() - started)
     assert statistics.median(seconds) < 1e-3
+
+
+def test_an_incomplete_batch_is_filled_up_with_rows_that_predict_nothing():
+    found = dataset([range(20)], length=6)
+    for count in (3, 1, 0):
+        batch = found.batch(range(count))
+        full = batch.filled_up(3)
+        for name in ("input_ids", "labels", "position_ids"):
+            assert torch.equal(getattr(full, name)[:count], getattr(batch, name))
+            assert getattr(full, name).shape == (3, 6)
+        assert (full.labels[count:] == IGNORE).all()
+        assert (full.position_ids[count:] == torch.arange(6)).all()  # a document: each token has what to attend to
+    with pytest.raises(AssertionError, match="3 samples, where a step takes 2"):
+        found.batch(range(3)).filled_up(2)
 
 
 def test_the_fingerprint_tells_contents_apart(tmp_path):

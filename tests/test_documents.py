@@ -32,7 +32,7 @@ def logits(case: Case, attention: str) -> dict[str, torch.Tensor] | None:
                 if parameter.dim() > 1:
                     parameter.mul_(5)  # initial weights are so small that attention hardly matters
         outputs: list[torch.Tensor] = []
-        for stage in (timed.submod for timed in engine.pipeline._stages):
+        for stage in engine.pipeline.modules.values():
             if stage.is_last:
                 stage.register_forward_hook(lambda _, args, output: outputs.append(output.detach().clone()))
         rows = recipe.train.global_batch // case.data

@@ -6,29 +6,18 @@ from pathlib import Path
 
 import pytest
 from harness import run_ranks
-from parity import GLOBAL_BATCH, LEARNING_RATE, Case, Reference, reference, relative
+from parity import LEARNING_RATE, Case, Reference, assembled, own_share, reference, relative
 from runs import STEPS, losses, recipe_on, run
 
-from cuboid.parallel.mesh import connect
-from cuboid.trainer.assemble import assemble
-from cuboid.trainer.data import Batch
-from cuboid.trainer.model import draw_blueprint
-from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.runlog import read_metrics
-from cuboid.trainer.weights import from_full
 
 
 def evaluate_between_steps(case: Case, expected: Reference) -> list[tuple[float, float, float]]:
     """Relative errors of the evaluated loss, the trained one and the gradient norm of each step but the first."""
-    recipe = case.recipe()
-    with connect(recipe.layout, timeout_seconds=60) as block:
-        blueprint = draw_blueprint(read_checked_config(recipe.model))
-        engine = assemble(recipe, block, blueprint, from_full(expected.weights.__getitem__))
+    with assembled(case, expected.weights) as engine:
         errors = []
         for step, batch in enumerate(expected.batches):
-            share = GLOBAL_BATCH // case.data
-            rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
-            own = Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
+            own = own_share(batch, engine.block)
             evaluated, tokens = engine.evaluate([own, own]) if step else (0.0, 0)
             result = engine.backward(own)
             loss, norm = expected.losses[step], expected.norms[step]

@@ -37,6 +37,17 @@ class Batch:
     labels: Tensor
     position_ids: Tensor
 
+    def filled_up(self, rows: int) -> Batch:
+        """[rows, T]: the same samples, and after them such as predict nothing, which add exact zeros to every sum."""
+        missing, length = rows - len(self.labels), self.labels.shape[1]
+        assert missing >= 0, f"{len(self.labels)} samples, where a step takes {rows}"
+        fill = self.labels.new_zeros(missing, length)
+        return Batch(
+            torch.cat([self.input_ids, fill]),
+            torch.cat([self.labels, fill + IGNORE]),
+            torch.cat([self.position_ids, fill + torch.arange(length)]),
+        )
+
 
 class Dataset:
     """Samples by number, without end: every epoch holds each sample once, in an order of its own.

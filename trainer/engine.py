@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,8 @@ class NativeEngine:
         """One update from this data rank's share of the global batch.
 
         Args:
+            batch: at most as many samples as the plan gives a data rank, of any length that the tensor ranks divide
+                (the same on every rank of a pipeline). With fewer, or none, the step is that of those alone.
             told: numbers of this rank that travel with the loss, as many on every rank; the result has their sums.
 
         Raises:
@@ -74,17 +76,10 @@ class NativeEngine:
 
     def backward(self, batch: Batch, *, told: Sequence[float] = ()) -> StepResult:
         """Loss, complete gradients and their global norm; nothing is updated."""
-        device = self.block.device
         tokens = self._count_tokens(batch.labels)
         # a batch without a single valid token has loss 0 and gradient 0
         self.loss.num_valid_tokens = max(tokens, 1)
-        ends = self.pipeline
-        loss = ends.step(
-            batch.input_ids.to(device) if ends.is_first else None,
-            batch.labels.to(device) if ends.is_last else None,
-            position_ids=batch.position_ids.to(device),
-        )
-        self._own_loss = 0.0 if loss is None else float(loss)
+        self._own_loss = self._through(self.pipeline.step, batch)
         parameters = [parameter for _, parameter in self.parameters]
         close_sums(parameters)
         self.tied.sum_gradients()
@@ -105,19 +100,13 @@ class NativeEngine:
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """(mean loss over the valid tokens of all data ranks, their number) of this data rank's ``batches``, as many on
         every rank. Nothing is updated. To be called between two steps: the next forward takes over what is gathered."""
-        device, ends = self.block.device, self.pipeline
         total, tokens = 0.0, 0
         self.loss.num_valid_tokens = 1  # sums, divided once below
         for batch in batches:
-            loss = ends.evaluate(
-                batch.input_ids.to(device) if ends.is_first else None,
-                batch.labels.to(device) if ends.is_last else None,
-                position_ids=batch.position_ids.to(device),
-            )
-            total += 0.0 if loss is None else float(loss)
-            tokens += int((batch.labels != IGNORE).sum()) if ends.is_last else 0
+            total += self._through(self.pipeline.evaluate, batch)
+            tokens += int((batch.labels != IGNORE).sum()) if self.pipeline.is_last else 0
         # every tensor rank computed the same
-        sums = torch.tensor([total, tokens], dtype=torch.float64, device=device) / self.block.layout.tensor
+        sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.block.device) / self.block.layout.tensor
         dist.all_reduce(sums)
         return sums[0].item() / max(sums[1].item(), 1.0), round(sums[1].item())
 
@@ -126,6 +115,16 @@ class NativeEngine:
         state = {f"model.{name}": parameter.detach() for name, parameter in self.parameters}
         assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
         return state | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+
+    def _through(self, run: Callable[..., Tensor | None], batch: Batch) -> float:
+        """This rank's share of the loss, 0 away from the last stage; ``run`` is the pipeline's step or evaluation."""
+        device, ends, full = self.block.device, self.pipeline, batch.filled_up(self.pipeline.rows)
+        loss = run(
+            full.input_ids.to(device) if ends.is_first else None,
+            full.labels.to(device) if ends.is_last else None,
+            position_ids=full.position_ids.to(device),
+        )
+        return 0.0 if loss is None else float(loss)
 
     def _count_tokens(self, labels: Tensor) -> int:
         count = (labels != IGNORE).sum().to(self.block.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from cuboid.parallel.errors import RunFailed, UserError, UserErrors
-from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
@@ -118,9 +117,7 @@ def evaluate(run: Run, held_out: Dataset) -> tuple[float, int]:
     def batches() -> Iterator[Batch]:
         for number in range(1, -(-count // plan.global_batch) + 1):
             samples = plan.samples(number, run.block.coordinate.data)
-            batch = held_out.batch(samples)
-            beyond = torch.tensor([sample >= count for sample in samples])  # what fills up the last batch
-            yield replace(batch, labels=batch.labels.masked_fill(beyond.unsqueeze(1), IGNORE))
+            yield held_out.batch(samples[: max(0, count - samples.start)])  # the last batch may be incomplete
 
     return run.engine.evaluate(batches())
 
