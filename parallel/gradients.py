@@ -74,10 +74,10 @@ class TiedWeights:
         self.group = dist.new_group([column[0], column[-1]], timeout=block.timeout, use_local_synchronization=True)
 
     def sum_gradients(self) -> None:
-        """After the schedule: every copy that is updated gets the gradient of all."""
-        if self.group is not None and self.copy is not None:
+        """After the schedule: every copy that is updated gets the gradient of all. Frozen ones have none."""
+        if self.group is not None and self.copy is not None and self.copy.requires_grad:
             dist.all_reduce(local_gradient(self.copy), group=self.group)
-        if self.followed is not None and self.second is not None:
+        if self.followed is not None and self.second is not None and self.followed.requires_grad:
             local_gradient(self.followed).add_(local_gradient(self.second))
             self.second.grad = None
 
@@ -113,6 +113,6 @@ def squared_norm(parameters: Sequence[nn.Parameter], ranks: int) -> Tensor:
 
 def clip(parameters: Iterable[nn.Parameter], *, norm: float, limit: float) -> None:
     """Scale all gradients by ``limit / norm`` where the global norm exceeds it (Pascanu et al. 2013)."""
-    if norm > limit:
-        grads = [local_gradient(p) for p in parameters if p.grad is not None]
+    grads = [local_gradient(p) for p in parameters if p.grad is not None]
+    if grads and norm > limit:
         torch._foreach_mul_(grads, limit / (norm + 1e-6))

@@ -22,7 +22,8 @@ class ShardedAdamW:
     dispatch of distributed ones. Norms, biases and embeddings (also a tied head, which is one) are not decayed.
 
     Args:
-        parameters: global name -> parameter, plain or DTensor. A name may stand for a tied copy.
+        parameters: global name -> parameter, plain or DTensor. A name may stand for a tied copy. Frozen ones are left
+            as they are and have no state; a rank may hold no others.
     """
 
     def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> None:
@@ -38,7 +39,7 @@ class ShardedAdamW:
             for wanted in (True, False)
         ]
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
