@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from cuboid.parallel.data import apply_data_parallel
+from cuboid.parallel.expert import Balance, Experts, expert_modules
 from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.loss import SummedCrossEntropy
-from cuboid.parallel.mesh import Block
+from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
@@ -21,19 +22,21 @@ from cuboid.trainer.model import (
     DTYPES,
     Blueprint,
     estimate_costs,
+    expert_counts,
     initialise_buffers,
     local_folder,
     seeded_tensors,
     tensor_plan,
 )
 from cuboid.trainer.optimizer import ShardedAdamW
-from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 
 def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> NativeEngine:
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
-    stages = build_stages(recipe, block, blueprint, weights)
+    experts = _experts(recipe, block, blueprint)
+    stages = build_stages(recipe, block, blueprint, weights, experts)
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
@@ -53,14 +56,17 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         pipeline=pipeline,
         loss=loss,
         parameters=parameters,
+        experts=experts,
         tied=tied,
         optimizer=optimizer,
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
     )
 
 
-def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> list[Stage]:
-    """This rank's stages, divided over tensor and data, with their first values."""
+def build_stages(
+    recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto, experts: Experts | None = None
+) -> list[Stage]:
+    """This rank's stages, divided over tensor, expert and data, with their first values."""
     settings, split = recipe.parallel, layers_of_stages(recipe, blueprint)
     plan = tensor_plan(blueprint) if settings.tensor > 1 else {}
     stages = []
@@ -69,12 +75,16 @@ def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: Co
         stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
         apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
+        if experts is not None:
+            experts.divide(stage)
         # before sharding, so that a layer's parameters are gathered once around its recomputation
         if settings.activation_checkpointing == "full":
             apply_activation_checkpointing(stage)
         apply_data_parallel(
             stage,
             block.data_mesh,
+            experts=[module for _, _, module, _ in expert_modules(stage)],
+            expert_mesh=experts.mesh["expert_replica"] if experts else None,
             shard=recipe.is_sharded,
             reshard_after_forward=reshards_after_forward(recipe),
             compute=blueprint.compute,
@@ -87,6 +97,21 @@ def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: Co
         stages.append(stage)
     fill(named_parameters(stages), weights)
     return stages
+
+
+def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | None:
+    """None where no layer has experts."""
+    if not (counts := expert_counts(blueprint)):
+        return None
+    return Experts(
+        expert_mesh(block),
+        block.mesh["tensor"].get_group(),
+        num_layers=blueprint.config.num_hidden_layers,
+        num_expert_layers=len(counts),
+        num_experts=max(counts),
+        normalised=getattr(blueprint.config, "norm_topk_prob", True),
+        balance=Balance(**(recipe.moe or MoeSettings()).model_dump()),
+    )
 
 
 def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cuboid.parallel.expert import Experts, Measures
 from cuboid.parallel.gradients import TiedWeights, clip, close_sums, local, squared_norm
 from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
 from cuboid.parallel.mesh import Block
@@ -41,6 +42,8 @@ class StepResult:
     """Valid (predicted) tokens of the global batch."""
     told: tuple[float, ...] = ()
     """What the ranks told each other with the step, each number summed over all ranks."""
+    measures: Measures | None = None
+    """Of a model with experts."""
 
 
 @dataclass(kw_only=True)
@@ -51,6 +54,7 @@ class NativeEngine:
     pipeline: Pipeline
     loss: SummedCrossEntropy
     parameters: Sequence[tuple[str, nn.Parameter]]
+    experts: Experts | None
     tied: TiedWeights
     optimizer: ShardedAdamW
     clip_grad_norm: float | None
@@ -83,6 +87,7 @@ class NativeEngine:
             batch.input_ids.to(device) if ends.is_first else None,
             batch.labels.to(device) if ends.is_last else None,
             position_ids=batch.position_ids.to(device),
+            **self._sequence_share(batch.labels, tokens),
         )
         self._own_loss = 0.0 if loss is None else float(loss)
         parameters = [parameter for _, parameter in self.parameters]
@@ -127,6 +132,13 @@ class NativeEngine:
         assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
         return state | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 
+    def _sequence_share(self, labels: Tensor, tokens: int) -> dict[str, Tensor]:
+        """What the losses of expert layers are weighted by, [rows]: the same whichever rank has a sequence."""
+        if self.experts is None:
+            return {}
+        share = (labels != IGNORE).sum(1).float() / max(tokens, 1)
+        return {"sequence_share": share.to(self.block.device)}
+
     def _count_tokens(self, labels: Tensor) -> int:
         count = (labels != IGNORE).sum().to(self.block.device)
         dist.all_reduce(count, group=self.block.data_group)
@@ -138,11 +150,14 @@ class NativeEngine:
         counted = [p for p in parameters if p is not self.tied.second]
         # every tensor rank computed the same loss
         shares = torch.tensor([self._own_loss / layout.tensor, 0.0, *told], dtype=torch.float64)
-        shares = shares.to(self.block.device)
+        own_rows = self.experts.take() if self.experts else shares.new_zeros(0)
+        shares = torch.cat([shares, own_rows]).to(self.block.device)
         shares[1] = squared_norm(counted, layout.data * layout.tensor)
         dist.all_reduce(shares)
+        shares, rows = shares.cpu().split([2 + len(told), len(own_rows)])
         loss, squared, *sums = shares.tolist()
-        return StepResult(loss, math.sqrt(squared), tokens, tuple(sums))
+        measures = self.experts.measures(rows) if self.experts else None
+        return StepResult(loss, math.sqrt(squared), tokens, tuple(sums), measures)
 
     def _not_finite(self, result: StepResult) -> NotFinite:
         """Which rank it came from, the same words on every rank."""

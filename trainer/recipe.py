@@ -151,7 +151,7 @@ class ParallelSettings(Settings):
     """Ranks that share each layer's matrices."""
     pipeline: Count = 1
     """Ranks along which the layers are laid."""
-    expert: Annotated[Count, Offered((1,))] = 1
+    expert: Count = 1
     """Ranks that share the experts; divides data x tensor and adds no ranks."""
     schedule: Literal[
         "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipe_v"
@@ -179,6 +179,17 @@ class ParallelSettings(Settings):
     """full: a layer keeps only its input and computes the rest again in the backward."""
     compile: Annotated[bool, Offered((False,))] = False
     """torch.compile of each layer."""
+
+
+class MoeSettings(Settings):
+    """What keeps the experts of a mixture evenly busy."""
+
+    aux_loss: NotNegative = 0.001
+    """Weight of the load-balancing loss, a mean over expert layers and predicted tokens, within each sequence."""
+    z_loss: NotNegative = 0.0
+    """Weight of the router's z-loss, which keeps its logits small; a mean as above."""
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    """In training an expert takes at most this many times its even share of a sequence's choices; null: all of them."""
 
 
 class OptimizerSettings(Settings):
@@ -275,8 +286,8 @@ class Recipe(Settings):
     precision: PrecisionSettings = PrecisionSettings()
     data: DataSettings
     parallel: ParallelSettings = ParallelSettings()
-    moe: Later = None
-    """Experts made of a dense model."""
+    moe: MoeSettings | None = None
+    """Balance of the experts; null: the defaults where the model has experts."""
     lora: Later = None
     """Low-rank adapters."""
     quantize: Later = None
