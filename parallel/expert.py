@@ -62,6 +62,19 @@ class Measures:
         load, (dropped, entropy, tokens, aux_loss, z_loss) = rows[:, :-_SUMS], rows[:, -_SUMS:].unbind(1)
         return cls(load, dropped, entropy / tokens, aux_loss, z_loss)
 
+    def record(self) -> dict[str, Any]:
+        """As plain numbers for the metrics: means over the layers, but for the busiest expert of all."""
+        choices = self.load.sum(1, keepdim=True)
+        relative = self.load * self.load.shape[1] / choices
+        return {
+            "expert_load": relative.mean(0).tolist(),
+            "expert_load_max": relative.max().item(),
+            "expert_dropped": (self.dropped / choices.squeeze(1)).mean().item(),
+            "router_entropy": self.entropy.mean().item(),
+            "router_aux_loss": self.aux_loss.mean().item(),
+            "router_z_loss": self.z_loss.mean().item(),
+        }
+
 
 _SUMS = 5
 """What a row of an expert layer holds beside the load of each expert."""

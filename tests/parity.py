@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import run_ranks
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -21,10 +22,11 @@ from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import NativeEngine
-from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model import draw_blueprint, whole_masks
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
-from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.plain_experts import PlainBalance
+from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.weights import from_full
 
 # gathering a whole parameter to look at it is allowed to be slow
@@ -35,13 +37,30 @@ CLIP, LEARNING_RATE, EPS = 0.25, 1e-2, 1e-3
 """Every step clips. A gradient's elements are about as large as eps: with a small one AdamW would be free of scale, and
 clipping too much or too little would leave no trace in the updates."""
 
+NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "smollm2": {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
     "qwen3": {"model_type": "qwen3", "head_dim": 4},
     "qwen2": {"model_type": "qwen2"},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2} | NO_SPECIAL_TOKENS,
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4}
+    | NO_SPECIAL_TOKENS
+    | {"sliding_window": 5},
 }
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+BALANCE = {"aux_loss": 0.3, "z_loss": 0.1}
+"""Large, so that a wrong gradient of theirs shows."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +77,12 @@ class Case:
     sequence: bool = True
     activation_checkpointing: str = "none"
     microbatches: int = 4
+    expert: int = 1
+    capacity_factor: float | None = None
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
+        words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         return "-".join(words + ["recomputed"] * (self.activation_checkpointing == "full"))
 
@@ -71,12 +93,15 @@ class Case:
     def recipe(self) -> Recipe:
         parallel = asdict(self)
         config = model_config(parallel.pop("family"), parallel.pop("tied"))
+        moe = BALANCE | {"capacity_factor": parallel.pop("capacity_factor")} if self.family in WITH_EXPERTS else None
+        parallel.pop("capacity_factor", None)
         return Recipe.model_validate(
             {
                 "name": "parity",
                 "model": {"config": config},
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
+                "moe": moe,
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
                     "eps": EPS,
@@ -129,11 +154,14 @@ def make_batch(seed: int) -> Batch:
 
 
 @functools.cache
-def reference(family: str, tied: bool) -> Reference:
+def reference(family: str, tied: bool, capacity_factor: float | None = None) -> Reference:
     """Plain transformers and torch: the whole model, the whole batch, a mean over all valid tokens."""
-    config = read_checked_config(Case(family=family, tied=tied).recipe().model)
+    recipe = Case(family=family, tied=tied, capacity_factor=capacity_factor).recipe()
+    config = read_checked_config(recipe.model)
+    blueprint = draw_blueprint(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
+    balance = PlainBalance(model, recipe.moe or MoeSettings())
     with torch.no_grad():  # norms away from one and biases away from zero, so that a wrong gradient of theirs shows
         for parameter in model.parameters():
             noise = 0.1 * torch.randn_like(parameter)
@@ -147,10 +175,15 @@ def reference(family: str, tied: bool) -> Reference:
     losses, norms, gradients = [], [], {}
     batches = [make_batch(seed) for seed in range(STEPS)]
     for step, batch in enumerate(batches):
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        balance.begin(GLOBAL_BATCH)
+        masks = whole_masks(blueprint, batch.position_ids)
+        logits = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
+        ).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        loss = loss / (batch.labels != IGNORE).sum()
-        loss.backward()
+        count = int((batch.labels != IGNORE).sum())
+        loss = loss / count
+        (loss + balance.loss(batch.labels, count)).backward()
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         losses.append(loss.item())
@@ -242,6 +275,8 @@ class Difference:
     update: float
     worst_update: str
     work: Work = field(repr=False)
+    measures: dict[str, Any] | None = field(repr=False)
+    """Of a model with experts, in the first step."""
 
     @property
     def seen(self) -> set[str]:
@@ -281,6 +316,7 @@ def compare(case: Case, expected: Reference) -> Difference:
             norms.append(relative(result.grad_norm, expected.norms[step]))
             if step == 0:
                 work = watch.work()
+                measures = result.measures and result.measures.record()
                 for name, parameter in engine.parameters:
                     if parameter.grad is None:
                         missing.append(name)
@@ -294,4 +330,24 @@ def compare(case: Case, expected: Reference) -> Difference:
             for name, update in expected.updates.items()
             if name in moved
         ]
-    return Difference(tuple(losses), tuple(norms), *worst(errors), tuple(missing), *worst(updates), work)
+    return Difference(tuple(losses), tuple(norms), *worst(errors), tuple(missing), *worst(updates), work, measures)
+
+
+def difference(case: Case) -> list[Difference]:
+    """Of every rank."""
+    expected = reference(case.family, case.tied, case.capacity_factor)
+    return run_ranks(compare, case.world_size, case, expected, timeout=120)
+
+
+def assert_same_numbers(case: Case, ranks: Iterable[Difference]) -> None:
+    expected = reference(case.family, case.tied, case.capacity_factor)
+    assert set().union(*(rank.seen for rank in ranks)) == set(expected.gradients), "every parameter stands somewhere"
+    for rank in ranks:
+        assert not rank.missing, f"no gradient: {rank.missing}"
+        assert rank.gradient <= 1e-5, rank
+        assert rank.update <= 2e-4, rank
+        # the first step has the same weights; the later ones also show what the updates did to them
+        for loss, tolerance in zip(rank.losses, (1e-6, 1e-5, 1e-5), strict=True):
+            assert loss <= tolerance, rank
+        for norm, tolerance in zip(rank.grad_norms, (1e-5, 1e-4, 1e-4), strict=True):
+            assert norm <= tolerance, rank

@@ -132,7 +132,12 @@ def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
     shapes = {
         blueprint.anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()
     }
-    return from_safetensors(local_folder(recipe.model.pretrained), shapes=shapes, base=blueprint.anatomy.base)
+    return from_safetensors(
+        local_folder(recipe.model.pretrained),
+        shapes=shapes,
+        base=blueprint.anatomy.base,
+        family=blueprint.config.model_type,
+    )
 
 
 def named_parameters(stages: list[Stage]) -> list[tuple[str, nn.Parameter]]:

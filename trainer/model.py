@@ -59,6 +59,8 @@ class Blueprint:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What `precision` calls them."""
+_BLIND_TO_POSITIONS = ("gpt_oss",)
+"""Families whose masks transformers makes without looking where positions start again."""
 _MASKS: Mapping[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -86,6 +88,11 @@ def whole_model(blueprint: Blueprint) -> transformers.PreTrainedModel:
         blueprint.config, dtype=torch.float32, attn_implementation=attention
     )
     return model.train()
+
+
+def whole_masks(blueprint: Blueprint, position_ids: Tensor) -> Masks | None:
+    """What the whole model takes as its attention mask so that documents are kept apart; None: it sees to it itself."""
+    return blueprint.masks(position_ids) if blueprint.config.model_type in _BLIND_TO_POSITIONS else None
 
 
 def find_parts(model: transformers.PreTrainedModel) -> Anatomy:

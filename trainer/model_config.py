@@ -52,6 +52,11 @@ def known_keys(family: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(family)} | set(family().to_dict()) | set(family.attribute_map)
 
 
+def num_experts(config: PretrainedConfig) -> int:
+    """Experts of a layer that has them; 0 for a dense model."""
+    return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without warnings of transformers, which would come once a rank; what is wrong is told by `check`."""
