@@ -8,9 +8,10 @@ from math import prod
 
 import pytest
 import torch
-from parity import WITH_EXPERTS, Case, Difference, assert_same_numbers, difference, reference
+from parity import GLOBAL_BATCH, WITH_EXPERTS, Case, Difference, assert_same_numbers, difference, reference
 from transformers import AutoModelForCausalLM
 
+from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.model import draw_blueprint, whole_masks
 from cuboid.trainer.model_config import num_experts, read_checked_config
 from cuboid.trainer.plain_experts import PlainBalance

@@ -260,7 +260,8 @@ def _expert_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
         return
     if count % expert:
         constraint = f"does not divide the {count} experts of this {family}"
-        yield FieldError("parallel.expert", expert, constraint, f"use {one_of(divisors(count))}")
+        fitting = divisors(gcd(count, recipe.layout.data * recipe.parallel.tensor))
+        yield FieldError("parallel.expert", expert, constraint, f"use {one_of(fitting)}")
     if recipe.parallel.tensor > 1 and not recipe.parallel.sequence:
         constraint = "gives all tensor ranks the same tokens, and each would send them to the experts"
         yield FieldError("parallel.sequence", "false", constraint, "use true, or parallel.tensor=1")

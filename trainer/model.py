@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -241,8 +240,8 @@ def initialise_buffers(blueprint: Blueprint, stage: nn.Module) -> None:
 
 def _materialised(module: nn.Module) -> nn.Module:
     """A CPU copy of one `meta` module without its children."""
-    twin = copy.copy(module)
-    twin._modules = {}
+    twin = object.__new__(type(module))  # a copy would be made by the class that sharding has put over the module's own
+    twin.__dict__ = {**module.__dict__, "_modules": {}}
     twin._parameters = {
         key: None if value is None else nn.Parameter(torch.empty(value.shape, dtype=value.dtype))
         for key, value in module._parameters.items()
