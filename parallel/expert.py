@@ -37,6 +37,9 @@ class Balance:
     (mean probability of it): Fedus et al. 2021, "Switch Transformers", equation 4. Of k choices it is k where even."""
     z_loss: float = 0.0
     """Weight of the squared log-sum-exp of the router's logits: Zoph et al. 2022, "ST-MoE", equation 5."""
+    bias_update: float = 0.0
+    """Step of a bias on each expert that joins in the choice alone: up after a step with less than an even load, else
+    down (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1)."""
     capacity_factor: float | None = None
     """An expert takes at most this many times its even share of a sequence's choices, the first ones; null: all."""
 
@@ -45,6 +48,8 @@ class Balance:
 class Measures:
     """How a step's tokens were routed, one row for each expert layer of the model."""
 
+    layers: list[int]
+    """Which layers these are."""
     load: Tensor
     """[layers, E]: choices of each expert, those that were dropped included."""
     dropped: Tensor
@@ -58,9 +63,9 @@ class Measures:
     @classmethod
     def of(cls, rows: Tensor) -> Measures:
         """From `ExpertLayer.row` of every layer, summed over the ranks: [layers, E + `_SUMS`]."""
-        rows = rows[rows[:, -3] > 0]  # layers without experts have counted no token
-        load, (dropped, entropy, tokens, aux_loss, z_loss) = rows[:, :-_SUMS], rows[:, -_SUMS:].unbind(1)
-        return cls(load, dropped, entropy / tokens, aux_loss, z_loss)
+        layers = (rows[:, -3] > 0).nonzero().flatten()  # layers without experts have counted no token
+        load, (dropped, entropy, tokens, aux_loss, z_loss) = rows[layers, :-_SUMS], rows[layers, -_SUMS:].unbind(1)
+        return cls(layers.tolist(), load, dropped, entropy / tokens, aux_loss, z_loss)
 
     def record(self) -> dict[str, Any]:
         """As plain numbers for the metrics: means over the layers, but for the busiest expert of all."""
@@ -91,7 +96,7 @@ class ExpertLayer:
         router: the family's module, whose forward gives the logits [N, E] first.
         normalised: whether the weights of a token's k choices add up to 1.
         num_layers: expert layers of the whole model, over which the losses are means.
-        expert_group: the ranks among which the experts are divided.
+        expert_mesh: the ranks among which the experts are divided (one-dimensional).
         tensor_group: the ranks among which a sequence's tokens are divided.
     """
 
@@ -105,14 +110,16 @@ class ExpertLayer:
         normalised: bool,
         num_layers: int,
         balance: Balance,
-        expert_group: ProcessGroup,
+        expert_mesh: DeviceMesh,
         tensor_group: ProcessGroup,
     ) -> None:
         self.index, self.num_experts, self.top_k = index, router.weight.shape[0], router.top_k
         self.row = torch.zeros(self.num_experts + _SUMS, dtype=torch.float64)
         """Counts and sums of the step so far: what `Measures` is made of."""
+        self.bias = torch.zeros(self.num_experts, device=expert_mesh.device_type)
+        """Of `Balance.bias_update`; the same on every rank that holds this layer."""
         self._normalised, self._num_layers, self._balance = normalised, num_layers, balance
-        self._expert_group, self._tensor_group = expert_group, tensor_group
+        self._expert_group, self._tensor_group = expert_mesh.get_group(), tensor_group
         self._share: Tensor | None = None
         self._logits: Tensor | None = None
         self._compute = partial(_on_local_parameters, experts, experts.forward)
@@ -128,7 +135,9 @@ class ExpertLayer:
     def _route(self, inner: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, E], weights [N, k] and the chosen experts [N, k] of each token."""
         self._logits = logits = inner(x)[0]
-        weights, chosen = logits.float().softmax(-1).topk(self.top_k, dim=-1)
+        probabilities = logits.float().softmax(-1)
+        chosen = (probabilities + self.bias).topk(self.top_k, dim=-1).indices
+        weights = probabilities.gather(-1, chosen)
         if self._normalised:
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights.to(logits.dtype), chosen
@@ -247,7 +256,7 @@ class Experts:
                     normalised=self._normalised,
                     num_layers=self._num_expert_layers,
                     balance=self._balance,
-                    expert_group=mesh.get_group(),
+                    expert_mesh=mesh,
                     tensor_group=self._tensor_group,
                 )
             )
@@ -260,6 +269,17 @@ class Experts:
             rows[layer.index] = layer.row.cpu()
             layer.row = torch.zeros_like(layer.row)
         return rows.flatten()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of this rank's layers beside their parameters, where there is anything."""
+        return {f"balance.{layer.index}.bias": layer.bias for layer in self._layers if self._balance.bias_update}
+
+    def rebalance(self, measures: Measures) -> None:
+        """After a step: the biases follow its loads."""
+        loads = dict(zip(measures.layers, measures.load, strict=True))
+        for layer in self._layers:
+            load = loads[layer.index]
+            layer.bias += self._balance.bias_update * (load.mean() - load).sign().to(layer.bias)
 
     def measures(self, sums: Tensor) -> Measures:
         """From what `take` gave, summed."""

@@ -59,7 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"sliding_window": 5},
 }
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
-BALANCE = {"aux_loss": 0.3, "z_loss": 0.1}
+BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 """Large, so that a wrong gradient of theirs shows."""
 
 
@@ -190,6 +190,7 @@ def reference(family: str, tied: bool, capacity_factor: float | None = None) -> 
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         adamw.step()
         adamw.zero_grad()
+        balance.end_step()
     updates = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     # what is compared must be there: an error relative to nothing would mean nothing
     assert min(losses) > 0

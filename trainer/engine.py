@@ -101,6 +101,8 @@ class NativeEngine:
             clip((p for _, p in self.parameters), norm=result.grad_norm, limit=self.clip_grad_norm)
         self.optimizer.step(learning_rate)
         self.tied.follow()
+        if self.experts and result.measures:
+            self.experts.rebalance(result.measures)
 
     def resume_at(self, step: int) -> None:
         """Go on after ``step`` updates with the values that were loaded into `tensors`."""
@@ -130,7 +132,8 @@ class NativeEngine:
         """Everything that a checkpoint holds as tensors, by global name; loading writes into these."""
         state = {f"model.{name}": parameter.detach() for name, parameter in self.parameters}
         assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
-        return state | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        beside = self.experts.tensors() if self.experts else {}
+        return state | beside | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 
     def _sequence_share(self, labels: Tensor, tokens: int) -> dict[str, Tensor]:
         """What the losses of expert layers are weighted by, [rows]: the same whichever rank has a sequence."""

@@ -20,10 +20,14 @@ class PlainBalance:
     def __init__(self, model: nn.Module, settings: MoeSettings) -> None:
         self._settings = settings
         self._routed: list[tuple[Tensor, Tensor]] = []
+        self._biases: dict[nn.Module, list[float]] = {}
+        self._loads: dict[nn.Module, list[int]] = {}
         self._routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
         self._sequences = 0
         for router in self._routers:
             router.register_forward_hook(self._heard)
+            self._biases[router] = [0.0] * len(router.weight)
+            self._loads[router] = [0] * len(router.weight)
 
     def begin(self, sequences: int) -> None:
         """Before a forward of so many sequences."""
@@ -44,13 +48,29 @@ class PlainBalance:
                 total = total + weight * (self._settings.aux_loss * aux_loss + self._settings.z_loss * z_loss)
         return total / max(len(self._routers), 1)
 
+    def end_step(self) -> None:
+        """After all forwards of a step: the biases follow its loads."""
+        for router, loads in self._loads.items():
+            for expert, load in enumerate(loads):
+                side = sum(loads) / len(loads) - load
+                self._biases[router][expert] += self._settings.bias_update * ((side > 0) - (side < 0))
+            self._loads[router] = [0] * len(loads)
+
     def _heard(self, router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
         logits, weights, chosen = output
+        if any(self._biases[router]):
+            probabilities = logits.float().softmax(-1)
+            chosen = (probabilities + torch.tensor(self._biases[router])).topk(chosen.shape[-1]).indices
+            normalised = weights.sum(-1).sub(1).abs().max() < 1e-3
+            weights = probabilities.gather(-1, chosen)
+            weights = weights / weights.sum(-1, keepdim=True) if normalised else weights
+        for expert in chosen.flatten().tolist():
+            self._loads[router][expert] += 1
         by_sequence = chosen.view(self._sequences, -1, chosen.shape[-1])
         self._routed.append((logits.view(self._sequences, -1, logits.shape[-1]), by_sequence))
         factor = self._settings.capacity_factor
         if factor is None:
-            return output
+            return logits, weights, chosen
         kept = torch.zeros_like(by_sequence)
         for sequence, choices in enumerate(by_sequence):
             taken = [0] * logits.shape[-1]

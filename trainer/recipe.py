@@ -188,6 +188,8 @@ class MoeSettings(Settings):
     """Weight of the load-balancing loss, a mean over expert layers and predicted tokens, within each sequence."""
     z_loss: NotNegative = 0.0
     """Weight of the router's z-loss, which keeps its logits small; a mean as above."""
+    bias_update: NotNegative = 0.0
+    """Step by which a bias on each expert's choice moves after each step towards an even load; 0: no bias."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     """In training an expert takes at most this many times its even share of a sequence's choices; null: all of them."""
 

@@ -157,6 +157,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
             group["lr"] = learning_rate(step, steps=recipe.train.steps, settings=settings)
         adamw.step()
         adamw.zero_grad()
+        balance.end_step()
     updates = {name: parameter.detach() - weights[name] for name, parameter in masters.items()}
     return Reference(weights, batches, losses, norms, gradients, updates)
 
