@@ -85,6 +85,19 @@ _SUMS = 5
 """What a row of an expert layer holds beside the load of each expert."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What all expert layers of this rank have in common."""
+
+    balance: Balance
+    normalised: bool
+    """Whether the weights of a token's k choices add up to 1."""
+    num_layers: int
+    """Expert layers of the whole model, over which the losses are means."""
+    tensor_group: ProcessGroup
+    """The ranks among which a sequence's tokens are divided."""
+
+
 class ExpertLayer:
     """What stands around the router and the experts of one layer on this rank.
 
@@ -94,10 +107,7 @@ class ExpertLayer:
         experts: the family's module ``(x [N, D], index [N, k], weights [N, k]) -> [N, D]``, whose parameters have the
             experts as their first dimension.
         router: the family's module, whose forward gives the logits [N, E] first.
-        normalised: whether the weights of a token's k choices add up to 1.
-        num_layers: expert layers of the whole model, over which the losses are means.
-        expert_mesh: the ranks among which the experts are divided (one-dimensional).
-        tensor_group: the ranks among which a sequence's tokens are divided.
+        mesh: the ranks among which the experts are divided (one-dimensional).
     """
 
     def __init__(
@@ -107,19 +117,16 @@ class ExpertLayer:
         *,
         experts: nn.Module,
         router: nn.Module,
-        normalised: bool,
-        num_layers: int,
-        balance: Balance,
-        expert_mesh: DeviceMesh,
-        tensor_group: ProcessGroup,
+        mesh: DeviceMesh,
+        routing: Routing,
     ) -> None:
         self.index, self.num_experts, self.top_k = index, router.weight.shape[0], router.top_k
         self.row = torch.zeros(self.num_experts + _SUMS, dtype=torch.float64)
         """Counts and sums of the step so far: what `Measures` is made of."""
-        self.bias = torch.zeros(self.num_experts, device=expert_mesh.device_type)
+        self.bias = torch.zeros(self.num_experts, device=mesh.device_type)
         """Of `Balance.bias_update`; the same on every rank that holds this layer."""
-        self._normalised, self._num_layers, self._balance = normalised, num_layers, balance
-        self._expert_group, self._tensor_group = expert_mesh.get_group(), tensor_group
+        self._routing, self._balance = routing, routing.balance
+        self._expert_group, self._tensor_group = mesh.get_group(), routing.tensor_group
         self._share: Tensor | None = None
         self._logits: Tensor | None = None
         self._compute = partial(_on_local_parameters, experts, experts.forward)
@@ -138,7 +145,7 @@ class ExpertLayer:
         probabilities = logits.float().softmax(-1)
         chosen = (probabilities + self.bias).topk(self.top_k, dim=-1).indices
         weights = probabilities.gather(-1, chosen)
-        if self._normalised:
+        if self._routing.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights.to(logits.dtype), chosen
 
@@ -203,7 +210,7 @@ class ExpertLayer:
         mean = probabilities.view(sequences, -1, self.num_experts).sum(1) / tokens
         aux_loss = (self.num_experts / tokens * (frequency * mean).sum(-1) * share).sum()
         z_loss = (logits.logsumexp(-1).square().view(sequences, -1).sum(-1) / tokens * share).sum()
-        loss = (self._balance.aux_loss * aux_loss + self._balance.z_loss * z_loss) / self._num_layers
+        loss = (self._balance.aux_loss * aux_loss + self._balance.z_loss * z_loss) / self._routing.num_layers
         entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum()
         dropped = torch.zeros_like(entropy) if kept is None else (~kept).sum()
         sums = torch.stack([dropped, entropy, torch.full_like(entropy, len(logits)), aux_loss, z_loss])
@@ -218,25 +225,13 @@ class Experts:
 
     Args:
         mesh: of ``mesh.expert_mesh``.
-        tensor_group: the ranks among which a sequence's tokens are divided.
-        num_layers: layers of the whole model, ``num_expert_layers`` of them with experts.
-        normalised: whether the weights of a token's k choices add up to 1.
+        num_layers: of the whole model, with experts and without.
+        num_experts: of a layer.
     """
 
-    def __init__(
-        self,
-        mesh: DeviceMesh,
-        tensor_group: ProcessGroup,
-        *,
-        num_layers: int,
-        num_expert_layers: int,
-        num_experts: int,
-        normalised: bool,
-        balance: Balance,
-    ) -> None:
-        self.mesh, self._tensor_group = mesh, tensor_group
-        self._num_layers, self._num_expert_layers, self._num_experts = num_layers, num_expert_layers, num_experts
-        self._normalised, self._balance = normalised, balance
+    def __init__(self, mesh: DeviceMesh, routing: Routing, *, num_layers: int, num_experts: int) -> None:
+        self.mesh = mesh
+        self._routing, self._num_layers, self._num_experts = routing, num_layers, num_experts
         self._layers: list[ExpertLayer] = []
 
     def divide(self, stage: Stage) -> None:
@@ -248,17 +243,7 @@ class Experts:
                     experts.register_parameter(name, placed(parameter, mesh, Shard(0)))
                 experts.num_experts = self._num_experts // mesh.size()
             self._layers.append(
-                ExpertLayer(
-                    layer,
-                    index,
-                    experts=experts,
-                    router=router,
-                    normalised=self._normalised,
-                    num_layers=self._num_expert_layers,
-                    balance=self._balance,
-                    expert_mesh=mesh,
-                    tensor_group=self._tensor_group,
-                )
+                ExpertLayer(layer, index, experts=experts, router=router, mesh=mesh, routing=self._routing)
             )
 
     def take(self) -> Tensor:
@@ -272,14 +257,16 @@ class Experts:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of this rank's layers beside their parameters, where there is anything."""
-        return {f"balance.{layer.index}.bias": layer.bias for layer in self._layers if self._balance.bias_update}
+        return {
+            f"balance.{layer.index}.bias": layer.bias for layer in self._layers if self._routing.balance.bias_update
+        }
 
     def rebalance(self, measures: Measures) -> None:
         """After a step: the biases follow its loads."""
         loads = dict(zip(measures.layers, measures.load, strict=True))
         for layer in self._layers:
             load = loads[layer.index]
-            layer.bias += self._balance.bias_update * (load.mean() - load).sign().to(layer.bias)
+            layer.bias += self._routing.balance.bias_update * (load.mean() - load).sign().to(layer.bias)
 
     def measures(self, sums: Tensor) -> Measures:
         """From what `take` gave, summed."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cuboid.parallel.data import apply_data_parallel
-from cuboid.parallel.expert import Balance, Experts, expert_modules
+from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
 from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
@@ -103,15 +103,14 @@ def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | No
     """None where no layer has experts."""
     if not (counts := expert_counts(blueprint)):
         return None
-    return Experts(
-        expert_mesh(block),
-        block.mesh["tensor"].get_group(),
-        num_layers=blueprint.config.num_hidden_layers,
-        num_expert_layers=len(counts),
-        num_experts=max(counts),
-        normalised=getattr(blueprint.config, "norm_topk_prob", True),
+    routing = Routing(
         balance=Balance(**(recipe.moe or MoeSettings()).model_dump()),
+        normalised=getattr(blueprint.config, "norm_topk_prob", True),
+        num_layers=len(counts),
+        tensor_group=block.mesh["tensor"].get_group(),
     )
+    num_layers = blueprint.config.num_hidden_layers
+    return Experts(expert_mesh(block), routing, num_layers=num_layers, num_experts=max(counts))
 
 
 def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:

@@ -258,10 +258,11 @@ def _expert_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
         if recipe.moe is not None:
             yield FieldError("moe", "{...}", f"has nothing to balance: {family} has no experts", "use null")
         return
-    if count % expert:
-        constraint = f"does not divide the {count} experts of this {family}"
-        fitting = divisors(gcd(count, recipe.layout.data * recipe.parallel.tensor))
-        yield FieldError("parallel.expert", expert, constraint, f"use {one_of(fitting)}")
+    ranks = recipe.layout.data * recipe.parallel.tensor
+    for number, words in ((ranks, f"data x tensor = {ranks}"), (count, f"the {count} experts of this {family}")):
+        if number % expert:
+            remedy = f"use {one_of(divisors(gcd(count, ranks)))}"
+            yield FieldError("parallel.expert", expert, f"does not divide {words}", remedy)
     if recipe.parallel.tensor > 1 and not recipe.parallel.sequence:
         constraint = "gives all tensor ranks the same tokens, and each would send them to the experts"
         yield FieldError("parallel.sequence", "false", constraint, "use true, or parallel.tensor=1")

@@ -30,18 +30,20 @@ from cuboid.trainer.tokenizer import save_tokenizer
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-5
 _MODEL = "model."
+_BALANCE = "balance."
 _NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation", "_name_or_path")
 """What a config may not bring along: keys that let transformers fetch code or that name a place of this machine."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported: the checkpoint taken, newer ones that are broken (their faults), and how far the logits of the
-    reloaded folder are from those of the checkpoint's own weights."""
+    """What was exported: the checkpoint taken, newer ones that are broken (their faults), how far the logits of the
+    reloaded folder are from those of the checkpoint's own weights, and what the format has no place for."""
 
     checkpoint: Path
     refused: tuple[str, ...]
     difference: float
+    left_out: tuple[str, ...]
 
 
 def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Exported:
@@ -70,7 +72,7 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
             _put_in_place(partial, out)
     finally:
         discard(partial)
-    return Exported(checkpoint, tuple(refused), difference)
+    return Exported(checkpoint, tuple(refused), difference, weights.left_out)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Weights:
 
     path: Path
     records: Mapping[str, TensorRecord]
+    left_out: tuple[str, ...]
+    """Tensors of the checkpoint that the model computes with and its architecture does not know."""
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Read the whole of each of ``tensors`` in place."""
@@ -94,7 +98,7 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
         raise CheckpointError(
             f"{path} cannot be exported: it has no model, or no recipe and config of one in its facts"
         )
-    return Weights(path, records), facts
+    return Weights(path, records, tuple(name for name in table if name.startswith(_BALANCE))), facts
 
 
 @contextmanager

@@ -312,13 +312,14 @@ class Recipe(Settings):
         settings = self.parallel
         assert settings.data != "auto", "parallel.data is still auto"
         shard = settings.data if settings.shard in (True, False, 1) else settings.shard
-        # a group size that does not divide is told by `check`
+        # sizes that do not divide are told by `check`
         replicas = settings.data // shard if settings.data % shard == 0 else 1
+        expert = settings.expert if settings.data * settings.tensor % settings.expert == 0 else 1
         return Layout(
             pipeline=settings.pipeline,
             data=settings.data,
             tensor=settings.tensor,
-            expert=settings.expert,
+            expert=expert,
             replicas=replicas,
         )
 
