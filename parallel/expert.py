@@ -120,7 +120,8 @@ class ExpertLayer:
         mesh: DeviceMesh,
         routing: Routing,
     ) -> None:
-        self.index, self.num_experts, self.top_k = index, router.weight.shape[0], router.top_k
+        self.index = index
+        self.num_experts, self.top_k = choice(router)
         self.row = torch.zeros(self.num_experts + _SUMS, dtype=torch.float64)
         """Counts and sums of the step so far: what `Measures` is made of."""
         self.bias = torch.zeros(self.num_experts, device=mesh.device_type)
@@ -241,7 +242,7 @@ class Experts:
             if mesh.size() > 1:
                 for name, parameter in list(experts.named_parameters(recurse=False)):
                     experts.register_parameter(name, placed(parameter, mesh, Shard(0)))
-                experts.num_experts = self._num_experts // mesh.size()
+                setattr(experts, "num_experts", self._num_experts // mesh.size())  # noqa: B010  transformers' own attribute
             self._layers.append(
                 ExpertLayer(layer, index, experts=experts, router=router, mesh=mesh, routing=self._routing)
             )
@@ -291,6 +292,13 @@ class _Attach(torch.autograd.Function):
 def _on_local_parameters(module: nn.Module, inner: Any, *args: Tensor) -> Tensor:
     with local_parameters(module, Partial()):
         return inner(*args)
+
+
+def choice(router: nn.Module) -> tuple[int, int]:
+    """(experts, how many of them a token chooses)."""
+    top_k = router.top_k
+    assert isinstance(top_k, int), f"{type(router).__name__} does not say how many experts a token chooses"
+    return router.get_parameter("weight").shape[0], top_k
 
 
 def expert_modules(stage: Stage) -> Iterator[tuple[int, nn.Module, nn.Module, nn.Module]]:

@@ -231,8 +231,9 @@ class Pipeline:
     ) -> Tensor | None:
         for name, tensor in {"input_ids": input_ids, "targets": targets, **kwargs}.items():
             # gloo aborts the whole process when a message has another size than the one waited for
-            fits = tensor is None or tensor.shape == self._shape[: tensor.dim()]
-            assert fits, f"{name} is {tuple(tensor.shape)}, not {self._shape}"
+            if tensor is not None:
+                expected = self._shape[: tensor.dim()]
+                assert tensor.shape == expected, f"{name} is {tuple(tensor.shape)}, not {expected}"
         losses: list[Tensor] = []
         call(
             *([input_ids] if self.is_first else []),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from cuboid.parallel.errors import FieldError, UserError
+from cuboid.parallel.expert import choice
 from cuboid.parallel.stages import Anatomy, Costs, Masks
 from cuboid.parallel.tensor import Plan, Role, pattern
 
@@ -184,8 +185,8 @@ def estimate_costs(blueprint: Blueprint, *, sequences: int, sequence_length: int
         """What the experts that a token does not choose would cost."""
         if not anatomy.has_experts(layer):
             return 0.0
-        router = layer.get_submodule(anatomy.router)
-        return products(layer.get_submodule(anatomy.experts)) * (1 - router.top_k / router.weight.shape[0])
+        experts, chosen = choice(layer.get_submodule(anatomy.router))
+        return products(layer.get_submodule(anatomy.experts)) * (1 - chosen / experts)
 
     base = blueprint.model.get_submodule(anatomy.base)
     heads = config.num_attention_heads
@@ -207,7 +208,7 @@ def expert_counts(blueprint: Blueprint) -> list[int]:
     """How many experts each layer of the model has that has any."""
     anatomy = blueprint.anatomy
     layers = blueprint.model.get_submodule(anatomy.base).get_submodule(anatomy.layers).children()
-    return [len(layer.get_submodule(anatomy.router).weight) for layer in layers if anatomy.has_experts(layer)]
+    return [choice(layer.get_submodule(anatomy.router))[0] for layer in layers if anatomy.has_experts(layer)]
 
 
 def seeded_tensors(blueprint: Blueprint, *, seed: int) -> Callable[[str], Tensor]:

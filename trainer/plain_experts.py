@@ -26,8 +26,8 @@ class PlainBalance:
         self._sequences = 0
         for router in self._routers:
             router.register_forward_hook(self._heard)
-            self._biases[router] = [0.0] * len(router.weight)
-            self._loads[router] = [0] * len(router.weight)
+            experts = len(router.get_parameter("weight"))
+            self._biases[router], self._loads[router] = [0.0] * experts, [0] * experts
 
     def begin(self, sequences: int) -> None:
         """Before a forward of so many sequences."""
