@@ -38,15 +38,14 @@ TENSOR = ("mixtral", "qwen3_moe")
 
 
 def cells() -> list[Case]:
+    """Every family on every mesh that it offers, with each number of expert ranks; the other options take turns."""
     result = []
-    for family, pipeline, data, size, schedule, shard, expert, capacity in product(
-        WITH_EXPERTS, (1, 2), (1, 2), (1, 2), ("1f1b", "zbv"), (True, False), (1, 2, 4), (None, 1.0)
-    ):
-        means_something = (
-            (data > 1 or shard) and (pipeline > 1 or schedule == "1f1b") and (size == 1 or family in TENSOR)
-        )
-        if means_something and data * size % expert == 0:
-            options = {"shard": shard, "expert": expert, "capacity_factor": capacity}
+    meshes = product(WITH_EXPERTS, (1, 2), (1, 2), (1, 2), (1, 2, 4))
+    for turn, (family, pipeline, data, size, expert) in enumerate(meshes):
+        if (size == 1 or family in TENSOR) and data * size % expert == 0:
+            schedule = "zbv" if pipeline > 1 and turn % 2 else "1f1b"
+            shard, capacity_factor = data == 1 or turn % 3 > 0, 1.0 if turn % 5 < 2 else None
+            options = {"shard": shard, "expert": expert, "capacity_factor": capacity_factor}
             result.append(Case(pipeline, data, size, schedule, family, **options))
     return [case for case in result if case not in COVER]
 

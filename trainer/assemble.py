@@ -104,7 +104,7 @@ def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | No
     if not (counts := expert_counts(blueprint)):
         return None
     routing = Routing(
-        balance=Balance(**(recipe.moe or MoeSettings()).model_dump()),
+        balance=Balance(**(recipe.moe or MoeSettings()).model_dump(exclude={"experts", "top_k"})),
         normalised=getattr(blueprint.config, "norm_topk_prob", True),
         num_layers=len(counts),
         tensor_group=block.mesh["tensor"].get_group(),
@@ -125,18 +125,26 @@ def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:
 
 
 def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
-    """Where the first values come from: a folder's safetensors, or the seed."""
+    """Where the first values come from: a folder's safetensors, or the seed. Where experts are made of a dense model,
+    their routers come from the seed, and all else from the folder."""
+    drawn = from_full(seeded_tensors(blueprint, seed=recipe.seed))
     if recipe.model.pretrained is None:
-        return from_full(seeded_tensors(blueprint, seed=recipe.seed))
-    shapes = {
-        blueprint.anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()
-    }
-    return from_safetensors(
+        return drawn
+    anatomy, upcycled = blueprint.anatomy, recipe.moe is not None and recipe.moe.experts is not None
+    shapes = {anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()}
+    routers = {name for name in shapes if upcycled and f".{anatomy.router}." in name}
+    stored = from_safetensors(
         local_folder(recipe.model.pretrained),
-        shapes=shapes,
-        base=blueprint.anatomy.base,
+        shapes={name: shape for name, shape in shapes.items() if name not in routers},
+        base=anatomy.base,
         family=blueprint.config.model_type,
+        dense=upcycled,
     )
+
+    def copy_into(name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:
+        (drawn if name in routers else stored)(name, part, target)
+
+    return copy_into
 
 
 def named_parameters(stages: list[Stage]) -> list[tuple[str, nn.Parameter]]:

@@ -220,9 +220,9 @@ def _launch_errors(recipe: Recipe) -> Iterator[UserError]:
 
 
 def _config(recipe: Recipe) -> PretrainedConfig:
-    from cuboid.trainer.model_config import read_checked_config
+    from cuboid.trainer.model_config import config_of
 
-    return read_checked_config(recipe.model)
+    return config_of(recipe)
 
 
 def _tensor_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:

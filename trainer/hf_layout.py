@@ -38,9 +38,10 @@ class Tile:
         return sizes[1:] if self.is_expert else sizes
 
 
-def tiles(family: str, name: str, shape: Sequence[int]) -> list[Tile]:
-    """What a folder of this family keeps in place of the model's tensor ``name``, in order."""
-    names = _EXPERTS.get(family)
+def tiles(family: str, name: str, shape: Sequence[int], *, dense: bool = False) -> list[Tile]:
+    """What a folder of this family keeps in place of the model's tensor ``name``, in order; ``dense``: what a folder of
+    the dense family keeps of which each expert is a copy."""
+    names = _QWEN if dense else _EXPERTS.get(family)
     block, _, matrix = name.partition(".mlp.experts.")
     if names is None or not matrix:
         key = name if names is None else name.replace(".mlp.", f".{names.block}.")
@@ -49,7 +50,7 @@ def tiles(family: str, name: str, shape: Sequence[int]) -> list[Tile]:
     rows = shape[1] // len(parts)
     return [
         Tile(
-            f"{block}.{names.block}.experts.{expert}.{part}.weight",
+            f"{block}.mlp.{part}.weight" if dense else f"{block}.{names.block}.experts.{expert}.{part}.weight",
             (slice(expert, expert + 1), slice(index * rows, (index + 1) * rows), slice(0, shape[2])),
             is_expert=True,
         )

@@ -182,8 +182,12 @@ class ParallelSettings(Settings):
 
 
 class MoeSettings(Settings):
-    """What keeps the experts of a mixture evenly busy."""
+    """What keeps the experts of a mixture evenly busy, and how many are made of a dense model."""
 
+    experts: Annotated[int, Field(ge=2)] | None = None
+    """Experts to make of each feed-forward of a dense pretrained model, all alike at first; null: the model's own."""
+    top_k: Count = 2
+    """Experts that each token chooses among those that are made."""
     aux_loss: NotNegative = 0.001
     """Weight of the load-balancing loss, a mean over expert layers and predicted tokens, within each sequence."""
     z_loss: NotNegative = 0.0

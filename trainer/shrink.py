@@ -62,6 +62,8 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
     plan = recipe.batch_plan
     return recipe.model_copy(
         update={
+            # the config has the experts that would have been made
+            "moe": recipe.moe and recipe.moe.model_copy(update={"experts": None}),
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),

@@ -24,7 +24,7 @@ from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch, prepare
 from cuboid.trainer.model import Blueprint, draw_blueprint, whole_masks, whole_model
-from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.recipe import MoeSettings, Recipe
@@ -115,7 +115,7 @@ def _plain(value: float) -> float | None:
 
 def small_recipe(recipe: Recipe) -> Recipe:
     """The recipe with a model that is tried in seconds."""
-    return shrink_recipe(recipe, read_checked_config(recipe.model))
+    return shrink_recipe(recipe, config_of(recipe))
 
 
 def reference(recipe: Recipe, original: Recipe) -> Reference:
@@ -163,7 +163,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
 
 
 def _blueprint(recipe: Recipe) -> Blueprint:
-    config = read_checked_config(recipe.model)
+    config = config_of(recipe)
     return draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
 
 

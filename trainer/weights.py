@@ -49,7 +49,9 @@ def from_full(read: Callable[[str], Tensor]) -> CopyInto:
     return copy_into
 
 
-def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: str, family: str) -> CopyInto:
+def from_safetensors(
+    folder: Path, *, shapes: Mapping[str, torch.Size], base: str, family: str, dense: bool = False
+) -> CopyInto:
     """Read shards straight from the safetensors files of a Hugging Face folder.
 
     Args:
@@ -57,6 +59,7 @@ def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: st
         shapes: what the model expects, by global name.
         base: prefix that a file of the base model alone leaves out (``model``).
         family: the config's model_type, by whose names experts are stored.
+        dense: the folder holds the dense model that every expert is a copy of.
 
     Raises:
         UserError: where a tensor is missing or of another shape, or the index points outside the folder.
@@ -66,7 +69,7 @@ def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: st
     wrong: list[str] = []
     for name, shape in shapes.items():
         places[name] = []
-        for tile in tiles(family, name, shape):
+        for tile in tiles(family, name, shape, dense=dense):
             stored = next((key for key in (tile.key, tile.key.removeprefix(f"{base}.")) if key in files), None)
             if stored is None:
                 wrong.append(f"{tile.key} is missing")
