@@ -26,13 +26,24 @@ line, as in `parallel.tensor=4`; the value is a YAML 1.2 scalar or flow mapping,
 
 def reference() -> str:
     schema = Recipe.model_json_schema()
-    top = {key: field for key, field in schema["properties"].items() if "$ref" not in field}
+    sections = {key: _section(field) for key, field in schema["properties"].items()}
+    top = {key: field for key, field in schema["properties"].items() if not sections[key]}
     parts = [HEAD, *_table("At the top", schema["description"], top)]
-    for key, field in schema["properties"].items():
-        if "$ref" in field:
-            section = schema["$defs"][field["$ref"].rpartition("/")[2]]
-            parts += _table(f"`{key}`", section["description"], section["properties"])
+    for key, name in sections.items():
+        if name:
+            section = schema["$defs"][name]
+            words = schema["properties"][key].get("description")
+            described = " ".join(filter(None, (section["description"], words)))
+            parts += _table(f"`{key}`", described, section["properties"])
     return "\n".join(parts)
+
+
+def _section(field: Schema) -> str | None:
+    """What a part of the recipe is called in the schema, also where it may be null instead."""
+    for option in (field, *field.get("anyOf", ())):
+        if "$ref" in option:
+            return option["$ref"].rpartition("/")[2]
+    return None
 
 
 def _table(title: str, description: str, fields: Mapping[str, Schema]) -> Iterator[str]:

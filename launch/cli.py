@@ -181,6 +181,11 @@ def export(
         typer.echo(
             f"{out}: made of {done.checkpoint}; loaded again, its logits differ by {done.difference:.1e} at most"
         )
+        if done.left_out:
+            typer.echo(
+                f"left out: {len(done.left_out)} biases of routers (moe.bias_update), for which the format has no "
+                "place: tokens may choose other experts than in training"
+            )
 
 
 @checkpoint_app.command("list")

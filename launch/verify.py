@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cuboid.launch import local
 from cuboid.launch.training import checked_recipe
+from cuboid.parallel.errors import UserError
 from cuboid.trainer.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
     # ranks are forked from this process, which computes too: a pool of threads would be gone in them, and waited for
     os.environ["OMP_NUM_THREADS"] = "1"
     original = checked_recipe(name, [*overrides, *_CPU])
+    if not shrink and original.moe is not None and original.moe.experts is not None:
+        # what a router learns is the difference of experts, and there is none yet but rounding
+        raise UserError(
+            "--shrink none cannot tell: experts just made of a dense model are all alike; use --shrink auto"
+        )
     from cuboid.trainer.verify import reference, run_mesh, small_recipe, verdict
 
     recipe = small_recipe(original) if shrink else original

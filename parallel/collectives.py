@@ -1,11 +1,13 @@
-"""The four differentiable exchanges of tensor and sequence parallelism, each the other's transpose.
+"""The differentiable exchanges of tensor, sequence and expert parallelism; the transpose of each is one of them.
 
 Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (g and g-bar);
-Shoeybi et al. 2019, "Megatron-LM", section 3 (f and g). Shapes: B batch, T tokens, t = T / ranks, D model.
+Shoeybi et al. 2019, "Megatron-LM", section 3 (f and g); Lepikhin et al. 2020, "GShard", section 3.2 (dispatch). Shapes:
+B batch, T tokens, t = T / ranks, D model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +85,30 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = (send, receive), group
+        return _exchanged(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.sizes
+        return _exchanged(grad, receive, send, ctx.group), None, None, None
+
+
+def _exchanged(x: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
+    arrived = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(arrived, x.contiguous(), list(receive), list(send), group=group)
+    return arrived
+
+
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Rows to other ranks: ``send[r]`` of this rank's rows [sum(send), D], in order, go to rank r, and ``receive[r]``
+    come from it: [sum(receive), D]."""
+    return x if group.size() == 1 else _Exchange.apply(x, send, receive, group)
 
 
 def enter(x: Tensor, group: ProcessGroup, *, sequence: bool) -> Tensor:

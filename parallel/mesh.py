@@ -80,16 +80,27 @@ def _make_mesh(layout: Layout, device: torch.device, timeout: timedelta) -> tupl
     """The mesh of the layout and the group of the data axis. The groups are made here, since those of
     `init_device_mesh` wait for half an hour."""
     ranks = torch.arange(layout.world_size).view(tuple(getattr(layout, axis) for axis in AXES))
-
-    def groups(ranks: torch.Tensor, dims: Iterable[int]) -> list[dist.ProcessGroup]:
-        lines = [ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist() for dim in dims]
-        return [dist.new_subgroups_by_enumeration(each, timeout=timeout)[0] for each in lines]
-
-    pipeline, data, tensor = groups(ranks, range(len(AXES)))
+    pipeline, data, tensor = _groups(ranks, range(len(AXES)), timeout)
     names: tuple[str, ...] = AXES
     if layout.replicas == 1:
         made = [pipeline, data, tensor]
     else:
         ranks = ranks.view(layout.pipeline, layout.replicas, -1, layout.tensor)
-        made, names = [pipeline, *groups(ranks, (1, 2)), tensor], ("pipeline", "replica", "shard", "tensor")
+        made, names = [pipeline, *_groups(ranks, (1, 2), timeout), tensor], ("pipeline", "replica", "shard", "tensor")
     return DeviceMesh.from_group(made, device.type, mesh=ranks, mesh_dim_names=names), data
+
+
+def expert_mesh(block: Block) -> DeviceMesh:
+    """The same ranks as ``("pipeline", "expert_replica", "expert")``: data and tensor together, tensor fastest, fall
+    into groups of neighbours that share the experts. To be called by all ranks."""
+    layout = block.layout
+    ranks = torch.arange(layout.world_size).view(layout.pipeline, -1, layout.expert)
+    groups = [block.mesh["pipeline"].get_group(), *_groups(ranks, (1, 2), block.timeout)]
+    names = ("pipeline", "expert_replica", "expert")
+    return DeviceMesh.from_group(groups, block.device.type, mesh=ranks, mesh_dim_names=names)
+
+
+def _groups(ranks: torch.Tensor, dims: Iterable[int], timeout: timedelta) -> list[dist.ProcessGroup]:
+    """This rank's group along each of the dimensions of ``ranks``."""
+    lines = [ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist() for dim in dims]
+    return [dist.new_subgroups_by_enumeration(each, timeout=timeout)[0] for each in lines]

@@ -254,11 +254,13 @@ class Pipeline:
 
     def _length(self, given: Mapping[str, Tensor | None]) -> int:
         """Tokens of a sequence of this step."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
-        (rows, length), *others = set(shapes.values())
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        rows = {name: len(tensor) for name, tensor in tensors.items()}
         # gloo aborts the whole process when a message has another size than the one waited for
+        assert set(rows.values()) == {self.rows}, f"a step has {self.rows} sequences, not {rows}"
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.dim() > 1}
+        (_, length), *others = set(shapes.values())
         assert not others, f"a step has sequences of one length, not {shapes}"
-        assert rows == self.rows, f"a step has {self.rows} sequences, not {rows}"
         ranks = self._logits.shape[1] // self._boundary.shape[1]
         assert length % ranks == 0, f"{length} tokens cannot be divided among {ranks} tensor ranks"
         return length

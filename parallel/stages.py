@@ -28,6 +28,9 @@ class Anatomy:
     rotary: str = "rotary_emb"
     head: str = "lm_head"
     tied: bool = False
+    experts: str = ""
+    """Within a layer: the fused experts, and what chooses among them; empty where no layer has experts."""
+    router: str = ""
 
     @property
     def embedding_weight(self) -> str:
@@ -36,6 +39,10 @@ class Anatomy:
     @property
     def head_weight(self) -> str:
         return f"{self.head}.weight"
+
+    def has_experts(self, layer: nn.Module) -> bool:
+        """Some layers of a model with experts may be without."""
+        return bool(self.experts) and self.experts in dict(layer.named_modules())
 
     def global_name(self, name: str) -> str:
         """The one name under which a parameter is stored: a tied head is the embedding."""
@@ -118,6 +125,7 @@ class Stage(nn.Module):
         if self.is_last:
             self.add_module(anatomy.head, model.get_submodule(anatomy.head))
         self.anatomy, self.masks = anatomy, masks
+        self.with_experts = {index for index, layer in self.layers.items() if anatomy.has_experts(layer)}
 
     def tie(self) -> None:
         """Make a tied head the embedding again where both stand here: `to_empty` gives each memory of its own."""
@@ -132,17 +140,20 @@ class Stage(nn.Module):
         assert isinstance(layers, nn.ModuleDict)
         return layers
 
-    def forward(self, x: Tensor, *, position_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, position_ids: Tensor, sequence_share: Tensor | None = None) -> Tensor:
+        """``sequence_share`` [B] is for layers with experts: see `expert.ExpertLayer`."""
         part, names = self.get_submodule(self.anatomy.base), self.anatomy
         hidden = part.get_submodule(names.embedding)(x) if self.is_first else x
         masks = self.masks(position_ids)
         rotary = part.get_submodule(names.rotary)(hidden, position_ids=position_ids)
         for index, layer in self.layers.items():
+            told = {"sequence_share": sequence_share} if index in self.with_experts else {}
             hidden = layer(
                 hidden,
                 attention_mask=masks[names.layer_kinds[int(index)]],
                 position_ids=position_ids,
                 position_embeddings=rotary,
+                **told,
             )
         if self.is_last:
             hidden = self.get_submodule(names.head)(part.get_submodule(names.norm)(hidden))

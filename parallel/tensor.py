@@ -9,16 +9,16 @@ Shapes: B batch, T tokens, t = T / ranks, D model, F features of a rank, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from cuboid.parallel.collectives import enter, leave
+from cuboid.parallel.local import local_parameters, placed
 
 
 class Role(StrEnum):
@@ -36,6 +36,8 @@ class Role(StrEnum):
     """The vocabulary divided: ids [B, T] -> [B, t, D]."""
     HEAD = "head"
     """The vocabulary divided: [B, t, D] -> logits [B, T, V / ranks]."""
+    EXPERTS = "experts"
+    """Experts on the tokens of this rank: `expert` divides them, nothing is done here."""
 
 
 Plan = Mapping[str, Role]
@@ -57,6 +59,8 @@ def apply_tensor_parallel(stage: nn.Module, mesh: DeviceMesh, plan: Plan, *, seq
             continue
         role = plan.get(pattern(name))
         assert role is not None, f"no tensor-parallel role for {name}"
+        if role is Role.EXPERTS:
+            continue
         _distribute(module, mesh, role, shared, sequence=sequence)
         if role is Role.COLUMN:
             entered.add(stage.get_submodule(name.rpartition(".")[0]))
@@ -86,37 +90,15 @@ def _distribute(
         if parameter is None:
             continue
         if parameter not in shared:
-            placed = distribute_tensor(parameter.detach(), mesh, [_placements(role, name)], src_data_rank=None)
-            shared[parameter] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+            shared[parameter] = placed(parameter, mesh, _placements(role, name))
         module.register_parameter(name, shared[parameter])
-
-
-@contextmanager
-def _local_parameters(module: nn.Module, replicated_grad: Placement) -> Iterator[dict[str, Tensor]]:
-    """Within: ``module.weight`` is this rank's plain tensor, whose gradient flows back into the DTensor parameter.
-
-    An attribute in ``__dict__`` shadows the registered parameter, which itself stays where sharding put it.
-    ``replicated_grad`` says what the local gradient of a replicated parameter is: `Partial` where each rank sees other
-    tokens or heads and the sum is still to be taken, `Replicate` where all computed the same.
-    """
-    local: dict[str, Tensor] = {}
-    for name, parameter in module._parameters.items():
-        if isinstance(parameter, DTensor):
-            grad = replicated_grad if parameter.placements[0].is_replicate() else parameter.placements[0]
-            local[name] = parameter.to_local(grad_placements=[grad])
-    module.__dict__.update(local)
-    try:
-        yield local
-    finally:
-        for name in local:
-            module.__dict__.pop(name, None)
 
 
 def _wrap_local(module: nn.Module, replicated_grad: Placement) -> None:
     inner = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _local_parameters(module, replicated_grad):
+        with local_parameters(module, replicated_grad):
             return inner(*args, **kwargs)
 
     module.forward = forward
@@ -138,7 +120,7 @@ def _row(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
     inner, group = module.forward, mesh.get_group()
 
     def forward(x_BTF: Tensor) -> Tensor:
-        with _local_parameters(module, Partial() if sequence else Replicate()) as local:
+        with local_parameters(module, Partial() if sequence else Replicate()) as local:
             bias = local.get("bias")
             if bias is not None:  # added once, to the sum
                 module.__dict__["bias"] = None
@@ -158,7 +140,7 @@ def _embedding(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
 
     def forward(ids_BT: Tensor) -> Tensor:
         elsewhere = (ids_BT < first) | (ids_BT >= first + rows)
-        with _local_parameters(module, Partial()):
+        with local_parameters(module, Partial()):
             hidden = inner((ids_BT - first).masked_fill(elsewhere, 0))
         return leave(hidden.masked_fill(elsewhere.unsqueeze(-1), 0), group, sequence=sequence)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -24,9 +25,10 @@ from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import NativeEngine
-from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model import draw_blueprint, whole_masks
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
+from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import from_full
 
@@ -38,13 +40,30 @@ CLIP, LEARNING_RATE, EPS = 0.25, 1e-2, 1e-3
 """Every step clips. A gradient's elements are about as large as eps: with a small one AdamW would be free of scale, and
 clipping too much or too little would leave no trace in the updates."""
 
+NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "smollm2": {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
     "qwen3": {"model_type": "qwen3", "head_dim": 4},
     "qwen2": {"model_type": "qwen2"},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2} | NO_SPECIAL_TOKENS,
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4}
+    | NO_SPECIAL_TOKENS
+    | {"sliding_window": 5},
 }
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
+"""Large, so that a wrong gradient of theirs shows."""
 
 FROZEN: dict[str, tuple[str, ...]] = {
     "nothing": (),
@@ -72,9 +91,12 @@ class Case:
     activation_checkpointing: str = "none"
     microbatches: int = 4
     frozen: str = "nothing"
+    expert: int = 1
+    capacity_factor: float | None = None
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
+        words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
@@ -87,12 +109,15 @@ class Case:
         parallel = asdict(self)
         config = model_config(parallel.pop("family"), parallel.pop("tied"))
         parallel.pop("frozen")
+        parallel.pop("capacity_factor")
+        moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
                 "name": "parity",
                 "model": {"config": config},
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
+                "moe": moe,
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
                     "eps": EPS,
@@ -162,12 +187,21 @@ def one_process(case: Case) -> nn.Module:
     return model
 
 
-def backward(model: nn.Module, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of the whole batch, a mean over all valid tokens, and the gradient of each parameter that is trained."""
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+def backward(
+    model: nn.Module, batch: Batch, balance: PlainBalance | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of the whole batch, a mean over all valid tokens, and the gradient of each parameter that is trained;
+    ``balance`` is of a model with experts."""
+    if balance:
+        balance.begin(len(batch.labels))
+    masks = whole_masks(draw_blueprint(model.config), batch.position_ids)
+    logits = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
+    ).logits
     loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    loss = loss / (batch.labels != IGNORE).sum()
-    loss.backward()
+    count = int((batch.labels != IGNORE).sum())
+    loss = loss / count
+    (loss + balance.loss(batch.labels, count) if balance else loss).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     for name, gradient in gradients.items():  # an error relative to nothing would mean nothing
         assert gradient.abs().max() > 0, f"{name} has no gradient"
@@ -175,9 +209,11 @@ def backward(model: nn.Module, batch: Batch) -> tuple[float, dict[str, torch.Ten
 
 
 @functools.cache
-def reference(family: str, tied: bool, frozen: str = "nothing") -> Reference:
+def reference(family: str, tied: bool, frozen: str = "nothing", capacity_factor: float | None = None) -> Reference:
     """Plain transformers and torch: the whole model, the whole batch, clipped AdamW."""
-    model = one_process(Case(family=family, tied=tied, frozen=frozen))
+    case = Case(family=family, tied=tied, frozen=frozen, capacity_factor=capacity_factor)
+    model, moe = one_process(case), case.recipe().moe
+    balance = PlainBalance(model, moe) if moe else None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -188,12 +224,14 @@ def reference(family: str, tied: bool, frozen: str = "nothing") -> Reference:
     losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
     for batch in batches:
-        loss, of_step = backward(model, batch)
+        loss, of_step = backward(model, batch, balance)
         losses.append(loss)
         gradients.append(of_step)
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item())
         adamw.step()
         adamw.zero_grad()
+        if balance:
+            balance.end_step()
     updates = {name: p.detach() - before[name] for name, p in trained.items()}
     # what is compared must be there: an error relative to nothing would mean nothing
     assert min(losses) > 0
@@ -279,6 +317,8 @@ class Difference:
     update: float
     worst_update: str
     work: Work = field(repr=False)
+    measures: dict[str, Any] | None = field(repr=False)
+    """Of a model with experts, in the first step."""
 
     @property
     def seen(self) -> set[str]:
@@ -347,6 +387,7 @@ def compare(case: Case, expected: Reference) -> Difference:
                 work = watch.work()
                 *gradient, missing = compare_gradients(engine, expected.gradients)
                 touched += [name for name, p in engine.parameters if name in kept and p.grad is not None]
+                measures = result.measures and result.measures.record()
             engine.update(result, learning_rate=LEARNING_RATE)
         moved = {name: full(parameter.detach()) - expected.weights[name] for name, parameter in engine.parameters}
         touched += [name for name in kept if moved[name].any()]
@@ -355,11 +396,19 @@ def compare(case: Case, expected: Reference) -> Difference:
             for name, update in expected.updates.items()
             if name in moved
         ]
-    return Difference(tuple(losses), tuple(norms), *gradient, tuple(missing), tuple(touched), *worst(updates), work)
+    found = (*gradient, tuple(missing), tuple(touched), *worst(updates), work, measures)
+    return Difference(tuple(losses), tuple(norms), *found)
 
 
-def assert_same_numbers(ranks: Iterable[Difference], expected: Reference) -> None:
+def difference(case: Case) -> list[Difference]:
+    """Of every rank."""
+    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor)
+    return run_ranks(compare, case.world_size, case, expected, timeout=120)
+
+
+def assert_same_numbers(case: Case, ranks: Iterable[Difference]) -> None:
     """Each rank's loss, gradient norm, gradients and updates are those of one process, within float rounding."""
+    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor)
     assert set().union(*(rank.seen for rank in ranks)) == set(expected.weights), "every parameter stands somewhere"
     for rank in ranks:
         assert not rank.missing, f"no gradient: {rank.missing}"

@@ -172,6 +172,27 @@ def test_layers_by_hand():
     check(recipe(parallel={"pipeline": 2, "microbatches": 2, "layers": [3, 1]}), CPU)
 
 
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 6}
+
+
+def test_experts():
+    layout = {"data": 4, "tensor": 2, "expert": 4}
+    assert complaints(recipe(model=MIXTRAL, parallel=layout)) == [
+        "parallel.expert=4 does not divide the 6 experts of this mixtral; use 1 or 2"
+    ]
+    assert complaints(recipe(model=MIXTRAL, parallel=layout | {"expert": 3})) == [
+        "parallel.expert=3 does not divide data x tensor = 8; use 1 or 2"
+    ]
+    assert complaints(recipe(model=MIXTRAL, parallel=layout | {"expert": 2, "sequence": False})) == [
+        "parallel.sequence=false gives all tensor ranks the same tokens, and each would send them to the experts; "
+        "use true, or parallel.tensor=1"
+    ]
+    assert complaints(recipe(moe={"aux_loss": 0.1}, parallel=layout | {"expert": 2})) == [
+        "parallel.expert=2 has nothing to divide: llama has no experts; use 1",
+        "moe={...} has nothing to balance: llama has no experts; use null",
+    ]
+
+
 def test_sequence_length():
     (line,) = complaints(recipe(data={"sequence_length": 512}))
     assert line == (

@@ -9,9 +9,12 @@ import pytest
 import torch
 from harness import run_ranks
 from parity import Case, model_config
+from safetensors import safe_open
 from stores import flip
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from cuboid.launch import cli
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.parallel.mesh import connect
 from cuboid.trainer import export
@@ -23,11 +26,11 @@ from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.tokenizer import ByteTokenizer
 
 
-def make_model(*, tied: bool = False, vocab_size: int = 264) -> Any:
+def make_model(*, tied: bool = False, vocab_size: int = 264, family: str = "llama") -> Any:
     from transformers import AutoConfig
 
     torch.manual_seed(1)
-    values = model_config("llama", tied) | {"vocab_size": vocab_size}
+    values = model_config(family, tied) | {"vocab_size": vocab_size}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
 
 
@@ -98,6 +101,36 @@ def save_from_ranks(case: Case, folder: Path) -> None:
         facts = {"recipe": recipe.model_dump(mode="json"), "model_config": config.to_dict()}
         with Checkpointer(folder / "checkpoints", keep=1, asynchronous=True) as checkpointer:
             checkpointer.save(1, engine.tensors(), facts)
+
+
+@pytest.mark.parametrize(
+    ("family", "stored"),
+    [
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.3.w2.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.7.up_proj.weight"),
+        ("olmoe", "model.layers.0.mlp.experts.3.gate_proj.weight"),
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj"),
+    ],
+)
+def test_experts_are_stored_as_their_family_does(tmp_path: Path, family: str, stored: str) -> None:
+    model = make_model(family=family)
+    save_model(model, tmp_path, 1)
+    exported = export_hf(tmp_path, tmp_path / "out", shard_bytes=20_000)
+    assert exported.difference == 0
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert stored in written
+    assert len(set(written.values())) > 2
+    model.save_pretrained(tmp_path / "theirs")
+    with safe_open(tmp_path / "theirs" / "model.safetensors", framework="pt") as file:
+        assert written.keys() == set(file.keys())
+
+
+def test_biases_that_the_format_has_no_place_for_are_told(tmp_path: Path) -> None:
+    case = Case(1, 2, 1, family="mixtral", expert=2)
+    run_ranks(save_from_ranks, 2, case, tmp_path)
+    done = CliRunner().invoke(cli.app, ["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "left out: 6 biases of routers (moe.bias_update), for which the format has no place" in done.output
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
@@ -176,8 +209,8 @@ def test_a_folder_that_gives_other_logits_is_not_exported(tmp_path: Path, monkey
     save_model(make_model(), tmp_path, 1)
     write = export._write_weights
 
-    def write_wrongly(folder: Path, weights: export.Weights, *, shard_bytes: int) -> None:
-        write(folder, weights, shard_bytes=shard_bytes)
+    def write_wrongly(folder: Path, weights: export.Weights, *, family: str, shard_bytes: int) -> None:
+        write(folder, weights, family=family, shard_bytes=shard_bytes)
         flip(folder / "model.safetensors", -1)
 
     monkeypatch.setattr(export, "_write_weights", write_wrongly)

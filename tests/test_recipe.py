@@ -171,14 +171,26 @@ def test_one_of_pretrained_and_config(write):
 def test_later_work_is_refused_by_name(write):
     path = write(MINIMAL)
     for override in (
-        "moe={experts: 8}", "quantize={bits: 4}", "distill={teacher: x}", "prune={ratio: 0.5}", "launch.min_data=1",
-        "parallel.zero_stage=1", "parallel.expert=2", "parallel.compile=true", "precision.parameters=bfloat16",
+        "quantize={bits: 4}", "distill={teacher: x}", "prune={ratio: 0.5}", "launch.min_data=1",
+        "parallel.zero_stage=1", "parallel.compile=true", "precision.parameters=bfloat16",
         "data.kind=chat", "precision.reduce=float16", "parallel.activation_checkpointing=selective",
         "checkpoint.copy_to=s3://x", "model.attention=flash_attention_2", "parallel.engine=deepspeed",
     ):  # fmt: skip
         (line,) = complaints(path, override)
         assert line.startswith(f"override `{override}`: {override.partition('=')[0]}=")
         assert "is not yet offered; use " in line
+
+
+def test_a_section_that_may_be_null_has_keys_too(write):
+    path = write(MINIMAL)
+    assert load_recipe(path, ["moe={z_loss: 0.1}"]).moe.z_loss == 0.1
+    assert complaints(path, "moe={zloss: 0.1, aux_loss: -1}") == [
+        "override `moe={zloss: 0.1, aux_loss: -1}`: moe.aux_loss=-1 is not at least 0.0",
+        "override `moe={zloss: 0.1, aux_loss: -1}`: moe.zloss is not a key; did you mean moe.z_loss?",
+    ]
+    assert complaints(path, "moe=3") == [
+        "override `moe=3`: moe=3 is not a mapping; its keys: experts, top_k, aux_loss, z_loss, bias_update, capacity_factor"
+    ]
 
 
 def test_overrides(write):

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "recipes": set(),
     "launch": {"parallel", "trainer"},
 }
-AXES = {"parallel.tensor", "parallel.data", "parallel.pipeline"}
+AXES = {"parallel.tensor", "parallel.expert", "parallel.data", "parallel.pipeline"}
 """The axis files do not import one another; they meet in trainer/assemble and trainer/engine."""
 
 DOORS = {

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers  # also since its log handler keeps the stream that it finds first: not the runner's
 from torch.distributed.tensor import Replicate
 from typer.testing import CliRunner
 
 from cuboid.launch import cli
 from cuboid.launch import verify as verification
-from cuboid.parallel import gradients, tensor
+from cuboid.parallel import expert, gradients, tensor
 from cuboid.trainer import assemble, engine
 
 RECIPE = """\
@@ -156,6 +157,57 @@ def stage_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
         return stages
 
     monkeypatch.setattr(assemble, "build_stages", frozen)
+
+
+def experts_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = assemble.build_stages
+
+    def frozen(*arguments: Any) -> Any:
+        stages = build(*arguments)
+        for _, _, experts, _ in (found for stage in stages for found in expert.expert_modules(stage)):
+            experts.requires_grad_(False)
+        return stages
+
+    monkeypatch.setattr(assemble, "build_stages", frozen)
+
+
+def balance_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.record()
+        return grad, None, None
+
+    monkeypatch.setattr(expert._Attach, "backward", staticmethod(backward))
+
+
+def experts_not_rebalanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert.Experts, "rebalance", lambda self, measures: None)
+
+
+EXPERTS = ("parallel.expert=2", "model.config.num_local_experts=4", "moe={aux_loss: 0.1, bias_update: 0.1}")
+
+
+def test_experts_compute_the_numbers_of_one_process(verify: Verify) -> None:
+    code, printed = verify(*EXPERTS, family="mixtral")
+    assert code == 0, printed
+    assert "mixtral, sharded, experts over 2 ranks, shrunk to 3 layers" in printed
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (experts_frozen, "no gradient: model.layers.0.mlp.experts.down_proj"),
+        (balance_without_a_gradient, "mlp.gate.weight  <- too much"),
+        (experts_not_rebalanced, "<- too much"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_planted_faults_of_experts_are_found(
+    verify: Verify, plant: Callable[[pytest.MonkeyPatch], None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    code, printed = verify(*EXPERTS, family="mixtral")
+    assert code == 1, printed
+    assert words in printed
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("case", [Case(2, 2, 2), Case(2, 1, 1, "interleaved_1f1b", tied=True), Case(1, 3, 1)], ids=str)
+SPREAD = [
+    Case(2, 2, 2),
+    Case(2, 1, 1, "interleaved_1f1b", tied=True),
+    Case(1, 3, 1),
+    Case(2, 2, 1, family="mixtral", expert=2),
+]
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=str)
 def test_a_seed_gives_the_same_weights_on_every_mesh(case: Case) -> None:
     alone = on_mesh(Case(family=case.family, tied=case.tied).recipe())
     spread = on_mesh(case.recipe())
@@ -86,6 +94,31 @@ def test_safetensors_reach_the_shards_bit_for_bit(case: Case, folder: Path) -> N
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     held = on_mesh(pretrained(case, folder))
     assert held.keys() == expected.keys() - {"lm_head.weight"}
+    for name, tensor in held.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 2, 1, family="mixtral", expert=2),
+        Case(2, 2, 1, family="qwen3_moe"),
+        Case(1, 2, 2, family="qwen3_moe", expert=2, shard=False),
+        Case(1, 4, 1, family="olmoe", expert=2),
+        Case(1, 2, 1, family="gpt_oss", expert=2),
+    ],
+    ids=str,
+)
+def test_experts_reach_the_shards_as_their_family_stores_them(case: Case, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(read_checked_config(case.recipe().model))
+    model.save_pretrained(tmp_path)
+    expected = dict(model.named_parameters())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        one_by_one = any(".experts.0." in name for name in file.keys())  # noqa: SIM118
+    assert one_by_one == (case.family != "gpt_oss")
+    held = on_mesh(pretrained(case, tmp_path))
+    assert held.keys() == expected.keys()
     for name, tensor in held.items():
         assert torch.equal(tensor, expected[name]), name
 

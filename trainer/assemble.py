@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from cuboid.parallel.data import apply_data_parallel
+from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
 from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.loss import SummedCrossEntropy
-from cuboid.parallel.mesh import Block
+from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
@@ -21,19 +22,21 @@ from cuboid.trainer.model import (
     DTYPES,
     Blueprint,
     estimate_costs,
+    expert_counts,
     initialise_buffers,
     local_folder,
     seeded_tensors,
     tensor_plan,
 )
 from cuboid.trainer.optimizer import ShardedAdamW
-from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 
 def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> NativeEngine:
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
-    stages = build_stages(recipe, block, blueprint, weights)
+    experts = _experts(recipe, block, blueprint)
+    stages = build_stages(recipe, block, blueprint, weights, experts)
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
@@ -53,14 +56,17 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         pipeline=pipeline,
         loss=loss,
         parameters=parameters,
+        experts=experts,
         tied=tied,
         optimizer=optimizer,
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
     )
 
 
-def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> list[Stage]:
-    """This rank's stages, divided over tensor and data, with their first values."""
+def build_stages(
+    recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto, experts: Experts | None = None
+) -> list[Stage]:
+    """This rank's stages, divided over tensor, expert and data, with their first values."""
     settings, split = recipe.parallel, layers_of_stages(recipe, blueprint)
     plan = tensor_plan(blueprint) if settings.tensor > 1 else {}
     stages = []
@@ -69,12 +75,16 @@ def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: Co
         stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
         apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
+        if experts is not None:
+            experts.divide(stage)
         # before sharding, so that a layer's parameters are gathered once around its recomputation
         if settings.activation_checkpointing == "full":
             apply_activation_checkpointing(stage)
         apply_data_parallel(
             stage,
             block.data_mesh,
+            experts=[module for _, _, module, _ in expert_modules(stage)],
+            expert_mesh=experts.mesh["expert_replica"] if experts else None,
             shard=recipe.is_sharded,
             reshard_after_forward=reshards_after_forward(recipe),
             compute=blueprint.compute,
@@ -89,6 +99,20 @@ def build_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: Co
     return stages
 
 
+def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | None:
+    """None where no layer has experts."""
+    if not (counts := expert_counts(blueprint)):
+        return None
+    routing = Routing(
+        balance=Balance(**(recipe.moe or MoeSettings()).model_dump(exclude={"experts", "top_k"})),
+        normalised=getattr(blueprint.config, "norm_topk_prob", True),
+        num_layers=len(counts),
+        tensor_group=block.mesh["tensor"].get_group(),
+    )
+    num_layers = blueprint.config.num_hidden_layers
+    return Experts(expert_mesh(block), routing, num_layers=num_layers, num_experts=max(counts))
+
+
 def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:
     """Which layers each stage computes: as the recipe says, or balanced by estimated cost."""
     if recipe.parallel.layers is not None:
@@ -101,13 +125,26 @@ def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:
 
 
 def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
-    """Where the first values come from: a folder's safetensors, or the seed."""
+    """Where the first values come from: a folder's safetensors, or the seed. Where experts are made of a dense model,
+    their routers come from the seed, and all else from the folder."""
+    drawn = from_full(seeded_tensors(blueprint, seed=recipe.seed))
     if recipe.model.pretrained is None:
-        return from_full(seeded_tensors(blueprint, seed=recipe.seed))
-    shapes = {
-        blueprint.anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()
-    }
-    return from_safetensors(local_folder(recipe.model.pretrained), shapes=shapes, base=blueprint.anatomy.base)
+        return drawn
+    anatomy, upcycled = blueprint.anatomy, recipe.moe is not None and recipe.moe.experts is not None
+    shapes = {anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()}
+    routers = {name for name in shapes if upcycled and f".{anatomy.router}." in name}
+    stored = from_safetensors(
+        local_folder(recipe.model.pretrained),
+        shapes={name: shape for name, shape in shapes.items() if name not in routers},
+        base=anatomy.base,
+        family=blueprint.config.model_type,
+        dense=upcycled,
+    )
+
+    def copy_into(name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:
+        (drawn if name in routers else stored)(name, part, target)
+
+    return copy_into
 
 
 def named_parameters(stages: list[Stage]) -> list[tuple[str, nn.Parameter]]:

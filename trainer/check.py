@@ -112,7 +112,12 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
     model_errors, config = _attempt(lambda: _config(recipe))
     errors += model_errors
     if config is not None:
-        errors += [*_tensor_errors(recipe, config), *_stage_errors(recipe, config), *_model_errors(recipe, config)]
+        errors += [
+            *_tensor_errors(recipe, config),
+            *_expert_errors(recipe, config),
+            *_stage_errors(recipe, config),
+            *_model_errors(recipe, config),
+        ]
     errors += _data_errors(recipe, config)
     if devices:  # a machine that only submits needs no tracker
         errors += _track_errors(recipe)
@@ -215,9 +220,9 @@ def _launch_errors(recipe: Recipe) -> Iterator[UserError]:
 
 
 def _config(recipe: Recipe) -> PretrainedConfig:
-    from cuboid.trainer.model_config import read_checked_config
+    from cuboid.trainer.model_config import config_of
 
-    return read_checked_config(recipe.model)
+    return config_of(recipe)
 
 
 def _tensor_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:
@@ -241,6 +246,26 @@ def _tensor_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
     named = " and ".join(filter(None, (", ".join(failing[:-1]), failing[-1])))
     constraint = f"does not divide {named} of {model}"
     yield FieldError("parallel.tensor", tensor, constraint, remedy)
+
+
+def _expert_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:
+    from cuboid.trainer.model_config import num_experts
+
+    expert, count, family = recipe.parallel.expert, num_experts(config), config.model_type
+    if not count:
+        if expert > 1:
+            yield FieldError("parallel.expert", expert, f"has nothing to divide: {family} has no experts", "use 1")
+        if recipe.moe is not None:
+            yield FieldError("moe", "{...}", f"has nothing to balance: {family} has no experts", "use null")
+        return
+    ranks = recipe.layout.data * recipe.parallel.tensor
+    for number, words in ((ranks, f"data x tensor = {ranks}"), (count, f"the {count} experts of this {family}")):
+        if number % expert:
+            remedy = f"use {one_of(divisors(gcd(count, ranks)))}"
+            yield FieldError("parallel.expert", expert, f"does not divide {words}", remedy)
+    if recipe.parallel.tensor > 1 and not recipe.parallel.sequence:
+        constraint = "gives all tensor ranks the same tokens, and each would send them to the experts"
+        yield FieldError("parallel.sequence", "false", constraint, "use true, or parallel.tensor=1")
 
 
 def _stage_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserError]:

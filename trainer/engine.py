@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cuboid.parallel.expert import Experts, Measures
 from cuboid.parallel.gradients import TiedWeights, clip, close_sums, local, squared_norm
 from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
 from cuboid.parallel.mesh import Block
@@ -41,6 +42,8 @@ class StepResult:
     """Valid (predicted) tokens of the global batch."""
     told: tuple[float, ...] = ()
     """What the ranks told each other with the step, each number summed over all ranks."""
+    measures: Measures | None = None
+    """Of a model with experts."""
 
 
 @dataclass(kw_only=True)
@@ -51,6 +54,7 @@ class NativeEngine:
     pipeline: Pipeline
     loss: SummedCrossEntropy
     parameters: Sequence[tuple[str, nn.Parameter]]
+    experts: Experts | None
     tied: TiedWeights
     optimizer: ShardedAdamW
     clip_grad_norm: float | None
@@ -79,7 +83,7 @@ class NativeEngine:
         tokens = self._count_tokens(batch.labels)
         # a batch without a single valid token has loss 0 and gradient 0
         self.loss.num_valid_tokens = max(tokens, 1)
-        self._own_loss = self._through(self.pipeline.step, batch)
+        self._own_loss = self._through(self.pipeline.step, batch, tokens=tokens)
         parameters = [parameter for _, parameter in self.parameters]
         close_sums(parameters)
         self.tied.sum_gradients()
@@ -91,6 +95,8 @@ class NativeEngine:
             clip((p for _, p in self.parameters), norm=result.grad_norm, limit=self.clip_grad_norm)
         self.optimizer.step(learning_rate)
         self.tied.follow()
+        if self.experts and result.measures:
+            self.experts.rebalance(result.measures)
 
     def resume_at(self, step: int) -> None:
         """Go on after ``step`` updates with the values that were loaded into `tensors`."""
@@ -114,15 +120,21 @@ class NativeEngine:
         """Everything that a checkpoint holds as tensors, by global name; loading writes into these."""
         state = {f"model.{name}": parameter.detach() for name, parameter in self.parameters}
         assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
-        return state | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        beside = self.experts.tensors() if self.experts else {}
+        return state | beside | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 
-    def _through(self, run: Callable[..., Tensor | None], batch: Batch) -> float:
-        """This rank's share of the loss, 0 away from the last stage; ``run`` is the pipeline's step or evaluation."""
+    def _through(self, run: Callable[..., Tensor | None], batch: Batch, *, tokens: int | None = None) -> float:
+        """This rank's share of the loss, 0 away from the last stage; ``run`` is the pipeline's step or evaluation.
+        ``tokens``, the valid ones of the global batch, are told in a step: layers with experts weigh sequences by it."""
         device, ends, full = self.block.device, self.pipeline, batch.filled_up(self.pipeline.rows)
+        told = {}
+        if self.experts and tokens is not None:
+            told["sequence_share"] = ((full.labels != IGNORE).sum(1).float() / max(tokens, 1)).to(device)
         loss = run(
             full.input_ids.to(device) if ends.is_first else None,
             full.labels.to(device) if ends.is_last else None,
             position_ids=full.position_ids.to(device),
+            **told,
         )
         return 0.0 if loss is None else float(loss)
 
@@ -137,11 +149,14 @@ class NativeEngine:
         counted = [p for p in parameters if p is not self.tied.second]
         # every tensor rank computed the same loss
         shares = torch.tensor([self._own_loss / layout.tensor, 0.0, *told], dtype=torch.float64)
-        shares = shares.to(self.block.device)
+        own_rows = self.experts.take() if self.experts else shares.new_zeros(0)
+        shares = torch.cat([shares, own_rows]).to(self.block.device)
         shares[1] = squared_norm(counted, layout.data * layout.tensor)
         dist.all_reduce(shares)
+        shares, rows = shares.cpu().split([2 + len(told), len(own_rows)])
         loss, squared, *sums = shares.tolist()
-        return StepResult(loss, math.sqrt(squared), tokens, tuple(sums))
+        measures = self.experts.measures(rows) if self.experts else None
+        return StepResult(loss, math.sqrt(squared), tokens, tuple(sums), measures)
 
     def _not_finite(self, result: StepResult) -> NotFinite:
         """Which rank it came from, the same words on every rank."""

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
+from cuboid.trainer.hf_layout import Tile, tiles
 from cuboid.trainer.manifest import MANIFEST, CheckpointError, read_manifest, steps
 from cuboid.trainer.publish import discard, sync_folder
 from cuboid.trainer.restore import faults_of, read_facts, read_tensors
@@ -27,18 +30,20 @@ from cuboid.trainer.tokenizer import save_tokenizer
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-5
 _MODEL = "model."
+_BALANCE = "balance."
 _NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation", "_name_or_path")
 """What a config may not bring along: keys that let transformers fetch code or that name a place of this machine."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported: the checkpoint taken, newer ones that are broken (their faults), and how far the logits of the
-    reloaded folder are from those of the checkpoint's own weights."""
+    """What was exported: the checkpoint taken, newer ones that are broken (their faults), how far the logits of the
+    reloaded folder are from those of the checkpoint's own weights, and what the format has no place for."""
 
     checkpoint: Path
     refused: tuple[str, ...]
     difference: float
+    left_out: tuple[str, ...]
 
 
 def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Exported:
@@ -61,13 +66,13 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
             discard(partial)  # of an export that was killed
             partial.mkdir(parents=True)
             _write_words(partial, config, facts["recipe"])
-            _write_weights(partial, weights, shard_bytes=shard_bytes)
+            _write_weights(partial, weights, family=config.model_type, shard_bytes=shard_bytes)
         difference = _difference(partial, weights, config)
         with _told(out):
             _put_in_place(partial, out)
     finally:
         discard(partial)
-    return Exported(checkpoint, tuple(refused), difference)
+    return Exported(checkpoint, tuple(refused), difference, weights.left_out)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Weights:
 
     path: Path
     records: Mapping[str, TensorRecord]
+    left_out: tuple[str, ...]
+    """Tensors of the checkpoint that the model computes with and its architecture does not know."""
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Read the whole of each of ``tensors`` in place."""
@@ -91,7 +98,7 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
         raise CheckpointError(
             f"{path} cannot be exported: it has no model, or no recipe and config of one in its facts"
         )
-    return Weights(path, records), facts
+    return Weights(path, records, tuple(name for name in table if name.startswith(_BALANCE))), facts
 
 
 @contextmanager
@@ -161,42 +168,58 @@ def _write_words(folder: Path, config: transformers.PretrainedConfig, recipe: Ma
     save_tokenizer(recipe["data"]["tokenizer"], folder, pretrained=pretrained, max_tokens=limit)
 
 
-def _write_weights(folder: Path, weights: Weights, *, shard_bytes: int) -> None:
+def _write_weights(folder: Path, weights: Weights, *, family: str, shard_bytes: int) -> None:
     """``model.safetensors``, or numbered ones of at most ``shard_bytes`` (or one tensor) with their index."""
-    bundles: list[list[str]] = []
+    bundles: list[list[_Stored]] = []
     free = 0
     # wide elements first, so that each is aligned
     for name, record in sorted(weights.records.items(), key=lambda item: (-ITEM_BYTES[item[1].dtype], item[0])):
-        if not bundles or record.bytes > free:
-            bundles.append([])
-            free = shard_bytes
-        bundles[-1].append(name)
-        free -= record.bytes
+        for tile in tiles(family, name, record.shape):
+            stored = _Stored(name, tile, record.dtype)
+            if not bundles or stored.bytes > free:
+                bundles.append([])
+                free = shard_bytes
+            bundles[-1].append(stored)
+            free -= stored.bytes
     count = len(bundles)
     places: dict[str, str] = {}
-    for number, names in enumerate(bundles, start=1):
+    for number, bundle in enumerate(bundles, start=1):
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        _write_file(folder / file, weights, names)
-        places |= dict.fromkeys(names, file)
+        _write_file(folder / file, weights, bundle)
+        places |= dict.fromkeys((stored.tile.key for stored in bundle), file)
     if count > 1:
         total = sum(record.bytes for record in weights.records.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_file(path: Path, weights: Weights, names: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the exported files: a part of the checkpoint's tensor ``name``."""
+
+    name: str
+    tile: Tile
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.tile.shape) * ITEM_BYTES[self.dtype]
+
+
+def _write_file(path: Path, weights: Weights, bundle: Sequence[_Stored]) -> None:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in names:
-        record = weights.records[name]
-        entries[name] = {"dtype": record.dtype, "shape": record.shape, "data_offsets": [end, end + record.bytes]}
-        end += record.bytes
+    for stored in bundle:
+        offsets = [end, end + stored.bytes]
+        entries[stored.tile.key] = {"dtype": stored.dtype, "shape": stored.tile.shape, "data_offsets": offsets}
+        end += stored.bytes
     with open(path, "xb") as file:
         file.write(encode_header(entries))
-        for name in names:
+        for name, parts in groupby(bundle, key=lambda stored: stored.name):
             tensor = torch.empty(weights.records[name].shape, dtype=DTYPES[weights.records[name].dtype])
             weights.fill({name: tensor})
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            for stored in parts:
+                file.write(tensor[stored.tile.box].contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -11,7 +11,7 @@ import transformers
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.stages import cut_stage
-from cuboid.trainer.model import Blueprint, find_parts
+from cuboid.trainer.model import Blueprint, find_parts, whole_masks
 from cuboid.trainer.shrink import shrink_config
 
 PROVEN = frozenset({"llama", "qwen3"})
@@ -53,6 +53,7 @@ def _difference(config: transformers.PretrainedConfig) -> float:
     blueprint = Blueprint(config, model, find_parts(model))
     every = range(len(blueprint.anatomy.layer_kinds))
     stage = cut_stage(model, every, anatomy=blueprint.anatomy, masks=blueprint.masks)
-    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    masks = whole_masks(blueprint, positions)
+    expected = model(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False).logits
     found = stage(ids, position_ids=positions)
     return ((found - expected).abs().max() / expected.abs().max()).item()

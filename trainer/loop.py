@@ -22,7 +22,7 @@ from cuboid.trainer.data import Batch, Dataset, prepare
 from cuboid.trainer.engine import NativeEngine, NotFinite, StepResult
 from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
-from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recorder import Recorder
@@ -127,7 +127,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     """Build everything that a run needs, resumed from the newest valid checkpoint, and close it at the end."""
     recorder = Recorder(recipe, folder, block)
     recorder.phase("connect")
-    config = read_checked_config(recipe.model)
+    config = config_of(recipe)
     blueprint = draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from cuboid.parallel.errors import FieldError, UserError
+from cuboid.parallel.expert import choice
 from cuboid.parallel.stages import Anatomy, Costs, Masks
 from cuboid.parallel.tensor import Plan, Role, pattern
 
@@ -59,6 +59,8 @@ class Blueprint:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What `precision` calls them."""
+_BLIND_TO_POSITIONS = ("gpt_oss",)
+"""Families whose masks transformers makes without looking where positions start again."""
 _MASKS: Mapping[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -88,6 +90,11 @@ def whole_model(blueprint: Blueprint) -> transformers.PreTrainedModel:
     return model.train()
 
 
+def whole_masks(blueprint: Blueprint, position_ids: Tensor) -> Masks | None:
+    """What the whole model takes as its attention mask so that documents are kept apart; None: it sees to it itself."""
+    return blueprint.masks(position_ids) if blueprint.config.model_type in _BLIND_TO_POSITIONS else None
+
+
 def find_parts(model: transformers.PreTrainedModel) -> Anatomy:
     """Check that the model has the parts that a stage computes, and nothing beside them."""
     config = model.config
@@ -98,6 +105,8 @@ def find_parts(model: transformers.PreTrainedModel) -> Anatomy:
     known = {anatomy.embedding, anatomy.layers, anatomy.norm, anatomy.rotary}
     children = {name for name, _ in base.named_children()}
     strange = sorted((children ^ known) | {name for name, _ in model.named_children()} ^ {anatomy.base, anatomy.head})
+    experts, router, beside = _find_experts(base.get_submodule(anatomy.layers)) if not strange else ("", "", [])
+    strange += beside
     unknown_kinds = sorted(set(kinds) - set(_MASKS))
     if strange or unknown_kinds:
         raise FieldError(
@@ -106,7 +115,21 @@ def find_parts(model: transformers.PreTrainedModel) -> Anatomy:
             f"has parts that cannot be cut into stages yet: {', '.join(strange + unknown_kinds)}",
             "use a family of Llama's shape, such as llama or qwen3",
         )
-    return anatomy
+    return replace(anatomy, experts=experts, router=router)
+
+
+def _find_experts(layers: nn.Module) -> tuple[str, str, list[str]]:
+    """Names within a layer of the fused experts and of their router, and of the parts beside these two; each empty
+    where there is none."""
+    for layer in layers.children():
+        for name, module in layer.named_modules():
+            parts = dict(module.named_children())
+            if "experts" in parts:
+                router = next((part for part in ("gate", "router") if part in parts), "")
+                fused = bool(parts["experts"]._parameters)
+                strange = parts.keys() - {"experts", router} if fused and router else {"experts"}
+                return f"{name}.experts", f"{name}.{router}", [f"{name}.{part}" for part in sorted(strange)]
+    return "", "", []
 
 
 def tensor_plan(blueprint: Blueprint) -> Plan:
@@ -123,6 +146,8 @@ def tensor_plan(blueprint: Blueprint) -> Plan:
         anatomy.head: Role.HEAD,
     }
     layer = f"{anatomy.base}.{anatomy.layers}.*"
+    if anatomy.experts:  # on this rank's tokens, as the norms are
+        plan |= {f"{layer}.{anatomy.experts}": Role.EXPERTS, f"{layer}.{anatomy.router}": Role.TOKENS}
     without: dict[str, str] = {}
     for name, module in blueprint.model.named_modules():
         key = pattern(name)
@@ -136,6 +161,9 @@ def tensor_plan(blueprint: Blueprint) -> Plan:
         else:
             without[key] = style or "not in its plan"
     unmatched = {f"{anatomy.base}.{key}" for key in theirs} - plan.keys() - without.keys()
+    if anatomy.experts:  # what it says of the experts is another way, and layers without experts there may be none
+        block = anatomy.experts.rpartition(".")[0]
+        unmatched = {key for key in unmatched if not key.startswith(f"{layer}.{block}.")}
     if without or unmatched:
         named = [f"{key} ({style})" for key, style in sorted(without.items())] + sorted(unmatched)
         constraint = f"cannot divide modules of {config.model_type} yet: {', '.join(named)}"
@@ -153,6 +181,13 @@ def estimate_costs(blueprint: Blueprint, *, sequences: int, sequence_length: int
     def products(module: nn.Module) -> float:
         return 6.0 * tokens * sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
+    def idle(layer: nn.Module) -> float:
+        """What the experts that a token does not choose would cost."""
+        if not anatomy.has_experts(layer):
+            return 0.0
+        experts, chosen = choice(layer.get_submodule(anatomy.router))
+        return products(layer.get_submodule(anatomy.experts)) * (1 - chosen / experts)
+
     base = blueprint.model.get_submodule(anatomy.base)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -160,13 +195,20 @@ def estimate_costs(blueprint: Blueprint, *, sequences: int, sequence_length: int
     if window := getattr(config, "sliding_window", None):
         seen["sliding_attention"] = min(window, sequence_length)
     layers = [
-        products(layer) + 6.0 * tokens * seen[kind] * width
+        products(layer) - idle(layer) + 6.0 * tokens * seen[kind] * width
         for layer, kind in zip(base.get_submodule(anatomy.layers).children(), anatomy.layer_kinds, strict=True)
     ]
     rows = base.get_submodule(anatomy.embedding).get_parameter("weight").numel()
     return Costs(
         layers, embedding=_FLOPS_FOR_A_TOUCH * rows, head=products(blueprint.model.get_submodule(anatomy.head))
     )
+
+
+def expert_counts(blueprint: Blueprint) -> list[int]:
+    """How many experts each layer of the model has that has any."""
+    anatomy = blueprint.anatomy
+    layers = blueprint.model.get_submodule(anatomy.base).get_submodule(anatomy.layers).children()
+    return [choice(layer.get_submodule(anatomy.router))[0] for layer in layers if anatomy.has_experts(layer)]
 
 
 def seeded_tensors(blueprint: Blueprint, *, seed: int) -> Callable[[str], Tensor]:
@@ -199,8 +241,8 @@ def initialise_buffers(blueprint: Blueprint, stage: nn.Module) -> None:
 
 def _materialised(module: nn.Module) -> nn.Module:
     """A CPU copy of one `meta` module without its children."""
-    twin = copy.copy(module)
-    twin._modules = {}
+    twin = object.__new__(type(module))  # a copy would be made by the class that sharding has put over the module's own
+    twin.__dict__ = {**module.__dict__, "_modules": {}}
     twin._parameters = {
         key: None if value is None else nn.Parameter(torch.empty(value.shape, dtype=value.dtype))
         for key, value in module._parameters.items()

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cuboid.parallel.errors import FieldError, UserError, UserErrors
-from cuboid.trainer.recipe import ModelSettings
+from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
+from cuboid.trainer.recipe import ModelSettings, Recipe
 from cuboid.trainer.recipe_errors import nearest, shown
 
 if TYPE_CHECKING:
@@ -26,6 +26,52 @@ def read_checked_config(settings: ModelSettings) -> PretrainedConfig:
         return _from_values(settings.config)
     assert settings.pretrained is not None
     return _from_pretrained(settings.pretrained)
+
+
+_EXPERTS_OF = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
+"""Families whose feed-forward is an expert of another's."""
+_LOST = {"mixtral": ("attention_bias", "mlp_bias"), "qwen3_moe": ("use_sliding_window",)}
+"""What the first may have and the second does not."""
+
+
+def config_of(recipe: Recipe) -> PretrainedConfig:
+    """The config that is trained: of the recipe's model, or of the experts that `moe.experts` makes of it."""
+    config = read_checked_config(recipe.model)
+    return config if recipe.moe is None or recipe.moe.experts is None else _upcycled(config, recipe)
+
+
+def _upcycled(dense: PretrainedConfig, recipe: Recipe) -> PretrainedConfig:
+    """The family whose experts compute what the dense feed-forward does, with the same sizes. The weights of a token's
+    choices add up to 1, so that alike experts give what one of them gives (Komatsuzaki et al. 2022, "Sparse Upcycling",
+    section 3)."""
+    from transformers import CONFIG_MAPPING
+
+    moe = recipe.moe
+    assert moe is not None
+    family = _EXPERTS_OF.get(dense.model_type)
+    if recipe.model.pretrained is None:
+        constraint = "has no weights to make experts of: the model is drawn from the seed"
+        raise FieldError("moe.experts", moe.experts, constraint, "give model.pretrained, or a config with experts")
+    if family is None:
+        constraint = f"cannot make experts of {dense.model_type}"
+        raise FieldError(
+            "moe.experts", moe.experts, constraint, f"use a model of {one_of(sorted(_EXPERTS_OF))}, or null"
+        )
+    if moe.experts is not None and moe.top_k > moe.experts:
+        constraint = f"is more than the moe.experts={moe.experts} there are"
+        raise FieldError("moe.top_k", moe.top_k, constraint, f"use at most {moe.experts}")
+    if lost := [name for name in _LOST[family] if getattr(dense, name, False)]:
+        constraint = f"makes {family} of this {dense.model_type}, which has no {' and no '.join(lost)}"
+        raise FieldError("moe.experts", moe.experts, constraint, "use null")
+    kept = (known_keys(CONFIG_MAPPING[family]) | {"head_dim"}) - {"model_type", "layer_types"}
+    values = {key: value for key, value in dense.to_dict().items() if key in kept}
+    values |= {"num_experts_per_tok": moe.top_k}
+    if family == "mixtral":
+        values |= {"num_local_experts": moe.experts}
+    else:
+        size = {"num_experts": moe.experts, "moe_intermediate_size": values["intermediate_size"]}
+        values |= size | {"norm_topk_prob": True}
+    return CONFIG_MAPPING[family](**values)
 
 
 def _from_values(values: dict[str, Any]) -> PretrainedConfig:
@@ -50,6 +96,11 @@ def _from_values(values: dict[str, Any]) -> PretrainedConfig:
 def known_keys(family: Any) -> set[str]:
     """What a config of this class may say; a folder's config often holds more, which nobody reads."""
     return {field.name for field in dataclasses.fields(family)} | set(family().to_dict()) | set(family.attribute_map)
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """Experts of a layer that has them; 0 for a dense model."""
+    return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class ParallelSettings(Settings):
     """Ranks that share each layer's matrices."""
     pipeline: Count = 1
     """Ranks along which the layers are laid."""
-    expert: Annotated[Count, Offered((1,))] = 1
+    expert: Count = 1
     """Ranks that share the experts; divides data x tensor and adds no ranks."""
     schedule: Literal[
         "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipe_v"
@@ -179,6 +179,23 @@ class ParallelSettings(Settings):
     """full: a layer keeps only its input and computes the rest again in the backward."""
     compile: Annotated[bool, Offered((False,))] = False
     """torch.compile of each layer."""
+
+
+class MoeSettings(Settings):
+    """What keeps the experts of a mixture evenly busy, and how many are made of a dense model."""
+
+    experts: Annotated[int, Field(ge=2)] | None = None
+    """Experts to make of each feed-forward of a dense pretrained model, all alike at first; null: the model's own."""
+    top_k: Count = 2
+    """Experts that each token chooses among those that are made."""
+    aux_loss: NotNegative = 0.001
+    """Weight of the load-balancing loss, a mean over expert layers and predicted tokens, within each sequence."""
+    z_loss: NotNegative = 0.0
+    """Weight of the router's z-loss, which keeps its logits small; a mean as above."""
+    bias_update: NotNegative = 0.0
+    """Step by which a bias on each expert's choice moves after each step towards an even load; 0: no bias."""
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    """In training an expert takes at most this many times its even share of a sequence's choices; null: all of them."""
 
 
 class OptimizerSettings(Settings):
@@ -275,8 +292,8 @@ class Recipe(Settings):
     precision: PrecisionSettings = PrecisionSettings()
     data: DataSettings
     parallel: ParallelSettings = ParallelSettings()
-    moe: Later = None
-    """Experts made of a dense model."""
+    moe: MoeSettings | None = None
+    """Balance of the experts; null: the defaults where the model has experts."""
     lora: Later = None
     """Low-rank adapters."""
     quantize: Later = None
@@ -299,13 +316,14 @@ class Recipe(Settings):
         settings = self.parallel
         assert settings.data != "auto", "parallel.data is still auto"
         shard = settings.data if settings.shard in (True, False, 1) else settings.shard
-        # a group size that does not divide is told by `check`
+        # sizes that do not divide are told by `check`
         replicas = settings.data // shard if settings.data % shard == 0 else 1
+        expert = settings.expert if settings.data * settings.tensor % settings.expert == 0 else 1
         return Layout(
             pipeline=settings.pipeline,
             data=settings.data,
             tensor=settings.tensor,
-            expert=settings.expert,
+            expert=expert,
             replicas=replicas,
         )
 

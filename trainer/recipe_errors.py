@@ -66,8 +66,9 @@ def _path(detail: ErrorDetails) -> Path:
 
 
 def _section(field: FieldInfo | None) -> type[Settings] | None:
-    annotation = field.annotation if field else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+    """The part of the recipe that a field is, also where it may be null instead."""
+    members = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((member for member in members if isinstance(member, type) and issubclass(member, Settings)), None)
 
 
 def _mistake(path: Path, found: Sequence[ErrorDetails], data: Mapping[str, Any]) -> UserError:

@@ -135,6 +135,7 @@ class Recorder:
             "step_seconds": seconds,
             "memory_peak_bytes": int(max(memory)),
             **measured.bubble.record(),
+            **(result.measures.record() if result.measures else {}),
             **evaluated,
         }
         self.log.metrics(record)

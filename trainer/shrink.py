@@ -17,8 +17,9 @@ _HEAD = 8
 _TOKENS = 16
 
 
-def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int) -> PretrainedConfig:
-    """The same family with ``layers`` small layers, of all kinds in turn, that divide by ``tensor``."""
+def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int, expert: int = 1) -> PretrainedConfig:
+    """The same family with ``layers`` small layers, of all kinds in turn, that divide by ``tensor``, and few experts
+    that divide by ``expert``."""
     small = copy.deepcopy(config)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
     kv_heads = getattr(config, "num_key_value_heads", None)
@@ -30,6 +31,10 @@ def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int) -> Pret
         "head_dim": _HEAD,
         "hidden_size": heads * _HEAD,
         "intermediate_size": 6 * lcm(_HEAD, tensor),
+        "moe_intermediate_size": 2 * _HEAD,
+        "num_experts": lcm(4, expert),
+        "num_local_experts": lcm(4, expert),
+        "num_experts_per_tok": 2,
         "vocab_size": 8 * lcm(_HEAD, tensor),
         "sliding_window": 5,
         "pad_token_id": None,
@@ -51,12 +56,14 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
     parallel = recipe.parallel
     stages, kinds = parallel.pipeline * virtual_stages(recipe), len(set(getattr(config, "layer_types", None) or [0]))
     layers = config.num_hidden_layers if parallel.layers else min(config.num_hidden_layers, max(stages + 1, 2 * kinds))
-    small = shrink_config(config, tensor=parallel.tensor, layers=max(layers, stages))
+    small = shrink_config(config, tensor=parallel.tensor, layers=max(layers, stages), expert=parallel.expert)
     known = known_keys(type(config)) - set(_NOT_VALUES)
     values = {key: value for key, value in small.to_diff_dict().items() if key in known}
     plan = recipe.batch_plan
     return recipe.model_copy(
         update={
+            # the config has the experts that would have been made
+            "moe": recipe.moe and recipe.moe.model_copy(update={"experts": None}),
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),

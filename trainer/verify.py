@@ -23,10 +23,11 @@ from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch, prepare
-from cuboid.trainer.model import Blueprint, draw_blueprint, whole_model
-from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.model import Blueprint, draw_blueprint, whole_masks, whole_model
+from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
-from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.plain_experts import PlainBalance
+from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.shrink import shrink_recipe
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
@@ -114,7 +115,7 @@ def _plain(value: float) -> float | None:
 
 def small_recipe(recipe: Recipe) -> Recipe:
     """The recipe with a model that is tried in seconds."""
-    return shrink_recipe(recipe, read_checked_config(recipe.model))
+    return shrink_recipe(recipe, config_of(recipe))
 
 
 def reference(recipe: Recipe, original: Recipe) -> Reference:
@@ -133,6 +134,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
             read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
     masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
     model.to(blueprint.compute)
+    balance = PlainBalance(model, recipe.moe or MoeSettings())
     settings = recipe.optimizer
     groups = [
         {
@@ -146,7 +148,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     batches = _batches(recipe, original)
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches, start=1):
-        losses.append(_backward(model, masters, batch, rows=recipe.batch_plan.microbatch_size))
+        losses.append(_backward(blueprint, model, masters, balance, batch, rows=recipe.batch_plan.microbatch_size))
         if step == 1:
             gradients = {name: _gradient(name, parameter) for name, parameter in masters.items()}
         limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
@@ -155,12 +157,13 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
             group["lr"] = learning_rate(step, steps=recipe.train.steps, settings=settings)
         adamw.step()
         adamw.zero_grad()
+        balance.end_step()
     updates = {name: parameter.detach() - weights[name] for name, parameter in masters.items()}
     return Reference(weights, batches, losses, norms, gradients, updates)
 
 
 def _blueprint(recipe: Recipe) -> Blueprint:
-    config = read_checked_config(recipe.model)
+    config = config_of(recipe)
     return draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
 
 
@@ -169,9 +172,18 @@ def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
     return parameter.grad.clone()
 
 
-def _backward(model: nn.Module, masters: Mapping[str, nn.Parameter], batch: Batch, *, rows: int) -> float:
+def _backward(
+    blueprint: Blueprint,
+    model: nn.Module,
+    masters: Mapping[str, nn.Parameter],
+    balance: PlainBalance,
+    batch: Batch,
+    *,
+    rows: int,
+) -> float:
     """Loss and gradients of the global batch, some rows at a time: a sum, divided by the one count. The model computes
-    on copies of the masters in its own dtype, and their gradients are added up in float32."""
+    on copies of the masters in its own dtype, and their gradients are added up in float32. Experts are balanced beside
+    the loss."""
     count, total = int((batch.labels != IGNORE).sum()), 0.0
     copies = dict(model.named_parameters())
     with torch.no_grad():
@@ -180,9 +192,11 @@ def _backward(model: nn.Module, masters: Mapping[str, nn.Parameter], batch: Batc
     for start in range(0, len(batch.labels), rows):
         part = slice(start, start + rows)
         ids, positions, labels = batch.input_ids[part], batch.position_ids[part], batch.labels[part]
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        balance.begin(len(ids))
+        masks = whole_masks(blueprint, positions)
+        logits = model(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum") / count
-        loss.backward()
+        (loss + balance.loss(labels, count)).backward()
         total += loss.item()
         for name, parameter in masters.items():
             gradient = copies[name].grad
@@ -281,6 +295,8 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
     if recipe.layout.data > 1:
         groups = f" in groups of {parallel.shard}" if recipe.layout.replicas > 1 else ""
         words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
+    if recipe.parallel.expert > 1:
+        words.append(f"experts over {recipe.parallel.expert} ranks")
     if recipe.precision.compute != "float32":
         words.append(recipe.precision.compute)
     return ", ".join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from cuboid.parallel.errors import UserError
 from cuboid.parallel.gradients import local
+from cuboid.trainer.hf_layout import Tile, tiles
 
 _BLOCK_BYTES = 2**20
 """A tensor is copied from its file in blocks of about this size: what a rank holds beside its shard."""
@@ -47,50 +49,76 @@ def from_full(read: Callable[[str], Tensor]) -> CopyInto:
     return copy_into
 
 
-def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: str) -> CopyInto:
+def from_safetensors(
+    folder: Path, *, shapes: Mapping[str, torch.Size], base: str, family: str, dense: bool = False
+) -> CopyInto:
     """Read shards straight from the safetensors files of a Hugging Face folder.
 
     Args:
         folder: holds ``model.safetensors``, or several files with ``model.safetensors.index.json``.
         shapes: what the model expects, by global name.
         base: prefix that a file of the base model alone leaves out (``model``).
+        family: the config's model_type, by whose names experts are stored.
+        dense: the folder holds the dense model that every expert is a copy of.
 
     Raises:
         UserError: where a tensor is missing or of another shape, or the index points outside the folder.
     """
     files = _tensor_files(folder)
-    places: dict[str, tuple[Path, str]] = {}
+    places: dict[str, list[Tile]] = {}
     wrong: list[str] = []
     for name, shape in shapes.items():
-        stored = next((key for key in (name, name.removeprefix(f"{base}.")) if key in files), None)
-        if stored is None:
-            wrong.append(f"{name} is missing")
-            continue
-        places[name] = (files[stored], stored)
-        try:
-            with safe_open(files[stored], framework="pt") as file:
-                found = torch.Size(file.get_slice(stored).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"model.pretrained={folder}: {files[stored].name} is no readable safetensors: {error}"
-            ) from None
-        if found != shape:
-            wrong.append(f"{name} has shape {list(found)}, the config says {list(shape)}")
+        places[name] = []
+        for tile in tiles(family, name, shape, dense=dense):
+            stored = next((key for key in (tile.key, tile.key.removeprefix(f"{base}.")) if key in files), None)
+            if stored is None:
+                wrong.append(f"{tile.key} is missing")
+                continue
+            places[name].append(replace(tile, key=stored))
+    expected = {tile.key: tile.shape for stored in places.values() for tile in stored}
+    for key, found in _stored_shapes(folder, {key: files[key] for key in expected}).items():
+        if found != expected[key]:
+            wrong.append(f"{key} has shape {found}, the config says {expected[key]}")
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise UserError(f"model.pretrained={folder}: {'; '.join(wrong[:5])}{more}")
 
     def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
-        path, stored = places[name]
-        row_bytes = max(1, prod(target.shape[1:]) * target.element_size())
-        rows = max(1, _BLOCK_BYTES // row_bytes)
-        for start in range(0, max(1, target.shape[0]) if target.dim() else 1, rows):
-            stop = min(start + rows, target.shape[0])
-            block = slice(part[0].start + start, part[0].start + stop)
-            with safe_open(path, framework="pt") as file:  # opened anew: a mapping's pages would stay with the rank
-                target[start:stop].copy_(file.get_slice(stored)[(block, *part[1:])])
+        for tile in places[name]:
+            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(part, tile.box, strict=True)]
+            if any(both.start >= both.stop for both in common):
+                continue
+            here = tuple(slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, part, strict=True))
+            there = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, tile.box, strict=True))
+            if tile.is_expert:
+                _copy(files[tile.key], tile.key, there[1:], target[here][0])
+            else:
+                _copy(files[tile.key], tile.key, there, target[here])
 
     return copy_into
+
+
+def _copy(path: Path, stored: str, part: tuple[slice, ...], target: Tensor) -> None:
+    """One part of a file's tensor into ``target``, a view, some rows at a time."""
+    row_bytes = max(1, prod(target.shape[1:]) * target.element_size())
+    rows = max(1, _BLOCK_BYTES // row_bytes)
+    for start in range(0, max(1, target.shape[0]) if target.dim() else 1, rows):
+        stop = min(start + rows, target.shape[0])
+        block = slice(part[0].start + start, part[0].start + stop)
+        with safe_open(path, framework="pt") as file:  # opened anew: a mapping's pages would stay with the rank
+            target[start:stop].copy_(file.get_slice(stored)[(block, *part[1:])])
+
+
+def _stored_shapes(folder: Path, files: Mapping[str, Path]) -> dict[str, list[int]]:
+    """Shape of each tensor in its file; each file is opened once."""
+    shapes: dict[str, list[int]] = {}
+    for path in dict.fromkeys(files.values()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: list(file.get_slice(key).get_shape()) for key in files if files[key] == path}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.pretrained={folder}: {path.name} is no readable safetensors: {error}") from None
+    return shapes
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
