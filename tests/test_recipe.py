@@ -188,9 +188,8 @@ def test_a_section_that_may_be_null_has_keys_too(write):
         "override `moe={zloss: 0.1, aux_loss: -1}`: moe.aux_loss=-1 is not at least 0.0",
         "override `moe={zloss: 0.1, aux_loss: -1}`: moe.zloss is not a key; did you mean moe.z_loss?",
     ]
-    assert complaints(path, "moe=3") == [
-        "override `moe=3`: moe=3 is not a mapping; its keys: experts, top_k, aux_loss, z_loss, bias_update, capacity_factor"
-    ]
+    (line,) = complaints(path, "moe=3")
+    assert line.startswith("override `moe=3`: moe=3 is not a mapping; its keys: experts, top_k, aux_loss, z_loss, ")
 
 
 def test_overrides(write):

@@ -125,7 +125,7 @@ class NativeEngine:
 
     def _through(self, run: Callable[..., Tensor | None], batch: Batch, *, tokens: int | None = None) -> float:
         """This rank's share of the loss, 0 away from the last stage; ``run`` is the pipeline's step or evaluation.
-        ``tokens``, the valid ones of the global batch, are told in a step: layers with experts weigh sequences by it."""
+        ``tokens``, the valid ones of the global batch, comes with a step: layers with experts weigh sequences by it."""
         device, ends, full = self.block.device, self.pipeline, batch.filled_up(self.pipeline.rows)
         told = {}
         if self.experts and tokens is not None:
