@@ -8,21 +8,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cuboid.parallel.gradients import local
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import connect
-from cuboid.trainer.assemble import assemble
+from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import NativeEngine
 from cuboid.trainer.model import draw_blueprint
-from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.model_config import known_keys, read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import from_full
@@ -38,9 +39,37 @@ clipping too much or too little would leave no trace in the updates."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "smollm2": {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
-    "qwen3": {"model_type": "qwen3", "head_dim": 4},
-    "qwen2": {"model_type": "qwen2"},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 4},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 4,
+        "query_pre_attn_scalar": 4,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 1.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 4,
+        "query_pre_attn_scalar": 4,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        "pad_token_id": None,
+    },
+    "smollm3": {"model_type": "smollm3", "pad_token_id": None},
+    "olmo2": {"model_type": "olmo2"},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 
 
@@ -89,7 +118,7 @@ class Case:
 
 
 def model_config(family: str, tied: bool) -> dict[str, Any]:
-    return {
+    sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 6,
@@ -98,7 +127,9 @@ def model_config(family: str, tied: bool) -> dict[str, Any]:
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
         "tie_word_embeddings": tied,
-    } | FAMILIES[family]
+    }
+    known = known_keys(CONFIG_MAPPING[FAMILIES[family]["model_type"]])
+    return {key: value for key, value in sizes.items() if key in known} | FAMILIES[family]
 
 
 @dataclass(frozen=True)
@@ -265,12 +296,20 @@ def worst(errors: Iterable[tuple[torch.Tensor, str]]) -> tuple[float, str]:
     return max(found)
 
 
-def compare(case: Case, expected: Reference) -> Difference:
-    """Runs in every rank: a first backward for the gradients, then the optimizer steps."""
-    recipe = case.recipe()
+def pretrained(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its model from a folder."""
+    model = recipe.model.model_copy(update={"pretrained": str(folder), "config": None})
+    return recipe.model_copy(update={"model": model})
+
+
+def compare(case: Case, expected: Reference, folder: Path | None = None) -> Difference:
+    """Runs in every rank: a first backward for the gradients, then the optimizer steps. The first weights are read from
+    ``folder`` where one is given, in which transformers has saved them."""
+    recipe = case.recipe() if folder is None else pretrained(case.recipe(), folder)
     with connect(recipe.layout, timeout_seconds=60) as block:
         blueprint = draw_blueprint(read_checked_config(recipe.model))
-        engine = assemble(recipe, block, blueprint, from_full(expected.weights.__getitem__))
+        given = from_full(expected.weights.__getitem__) if folder is None else initial_weights(recipe, blueprint)
+        engine = assemble(recipe, block, blueprint, given)
         watch = Watch(engine)
         losses, norms, missing, errors = [], [], [], []
         for step, batch in enumerate(expected.batches):

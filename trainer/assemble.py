@@ -27,6 +27,7 @@ from cuboid.trainer.model import (
     tensor_plan,
 )
 from cuboid.trainer.optimizer import ShardedAdamW
+from cuboid.trainer.plans import stored_names
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
@@ -107,7 +108,12 @@ def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
     shapes = {
         blueprint.anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()
     }
-    return from_safetensors(local_folder(recipe.model.pretrained), shapes=shapes, base=blueprint.anatomy.base)
+    return from_safetensors(
+        local_folder(recipe.model.pretrained),
+        shapes=shapes,
+        base=blueprint.anatomy.base,
+        stored_names=stored_names(blueprint.config),
+    )
 
 
 def named_parameters(stages: list[Stage]) -> list[tuple[str, nn.Parameter]]:

@@ -47,13 +47,16 @@ def from_full(read: Callable[[str], Tensor]) -> CopyInto:
     return copy_into
 
 
-def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: str) -> CopyInto:
+def from_safetensors(
+    folder: Path, *, shapes: Mapping[str, torch.Size], base: str, stored_names: Mapping[str, str]
+) -> CopyInto:
     """Read shards straight from the safetensors files of a Hugging Face folder.
 
     Args:
         folder: holds ``model.safetensors``, or several files with ``model.safetensors.index.json``.
         shapes: what the model expects, by global name.
         base: prefix that a file of the base model alone leaves out (``model``).
+        stored_names: what files may call a parameter, where the model calls it otherwise.
 
     Raises:
         UserError: where a tensor is missing or of another shape, or the index points outside the folder.
@@ -62,7 +65,8 @@ def from_safetensors(folder: Path, *, shapes: Mapping[str, torch.Size], base: st
     places: dict[str, tuple[Path, str]] = {}
     wrong: list[str] = []
     for name, shape in shapes.items():
-        stored = next((key for key in (name, name.removeprefix(f"{base}.")) if key in files), None)
+        names = (name, name.removeprefix(f"{base}."), stored_names.get(name))
+        stored = next((key for key in names if key in files), None)
         if stored is None:
             wrong.append(f"{name} is missing")
             continue
