@@ -139,7 +139,7 @@ def _wrap_local(module: nn.Module, replicated_grad: Placement) -> None:
 
 def _column(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
     if _is_transposed(module):
-        module.nf //= mesh.size()
+        module.__dict__["nf"] //= mesh.size()
     _wrap_local(module, Partial())
 
 

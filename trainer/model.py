@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -236,7 +235,8 @@ def initialise_buffers(blueprint: Blueprint, stage: nn.Module) -> None:
 
 def _twin(module: nn.Module, *, device: str) -> nn.Module:
     """The module with its own buffers and children and with new parameters, still without values."""
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))  # `copy` would call the constructor of a layer that FSDP manages
+    twin.__dict__.update(module.__dict__)
     twin._parameters = {
         key: None if value is None else nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device=device))
         for key, value in module._parameters.items()
