@@ -61,5 +61,6 @@ typing: ## a folder of links, .typing/cuboid, through which editors see the pack
 	mkdir -p .typing/cuboid
 	for package in parallel trainer recipes launch; do ln -sfn ../../$$package .typing/cuboid/$$package; done
 
-docs: install ## docs/recipe.md, from the recipe's schema
+docs: install ## docs/recipe.md from the recipe's schema, docs/families.md from a run of its cells (minutes)
 	$(BIN)/python docs/recipe_reference.py > docs/recipe.md
+	$(BIN)/python tests/test_families.py > docs/families.md

@@ -54,9 +54,10 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
 
 
 def _print(found: Verdict, recipe: Recipe, *, shrunk: bool) -> None:
+    from cuboid.trainer.model_config import read_checked_config
     from cuboid.trainer.verify import STEPS
 
-    layers = f", shrunk to {recipe.model.config['num_hidden_layers']} layers" if shrunk and recipe.model.config else ""
+    layers = f", shrunk to {read_checked_config(recipe.model).num_hidden_layers} layers" if shrunk else ""
     print(f"one process against {found.mesh}{layers}")
     print(f"{'largest difference of':<24}{'found':>9}  {'allowed':>7}  where")
     for words, value, limit, where in (

@@ -1,8 +1,8 @@
-"""The differentiable exchanges of tensor, sequence and expert parallelism; the transpose of each is one of them.
+"""The differentiable exchanges of tensor, sequence and expert parallelism, each with its transpose backward.
 
 Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2 (g and g-bar);
 Shoeybi et al. 2019, "Megatron-LM", section 3 (f and g); Lepikhin et al. 2020, "GShard", section 3.2 (dispatch). Shapes:
-B batch, T tokens, t = T / ranks, D model.
+B batch, T tokens, t = T / ranks, D model, F features, f = F / ranks.
 """
 
 from __future__ import annotations
@@ -109,6 +109,29 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Proc
     """Rows to other ranks: ``send[r]`` of this rank's rows [sum(send), D], in order, go to rank r, and ``receive[r]``
     come from it: [sum(receive), D]."""
     return x if group.size() == 1 else _Exchange.apply(x, send, receive, group)
+
+
+class _GatherFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTf: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        ranks = group.size()
+        gathered = x_BTf.new_empty(ranks * x_BTf.shape[0], *x_BTf.shape[1:])
+        _all_gather(gathered, x_BTf.contiguous(), group=group)
+        return torch.cat(gathered.chunk(ranks), dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTF: Tensor) -> tuple[Tensor, None]:
+        by_rank = torch.cat(grad_BTF.chunk(ctx.group.size(), dim=-1))
+        summed = by_rank.new_empty(grad_BTF.shape[0], *by_rank.shape[1:])
+        _reduce_scatter(summed, by_rank, group=ctx.group)
+        return summed, None
+
+
+def gather_features(x_BTf: Tensor, group: ProcessGroup) -> Tensor:
+    """Features [B, T, f] of each rank -> [B, T, F = f ranks] on every rank; backward each rank's part of the gradient
+    is added up."""
+    return _GatherFeatures.apply(x_BTf, group)
 
 
 def enter(x: Tensor, group: ProcessGroup, *, sequence: bool) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,18 @@ class Anatomy:
     layer_kinds: tuple[str, ...]
     base: str = "model"
     embedding: str = "embed_tokens"
+    positions: str | None = None
+    """Learned positions, added to the embedding."""
+    dropout: str | None = None
+    """Behind the embedding."""
     layers: str = "layers"
     norm: str = "norm"
-    rotary: str = "rotary_emb"
+    rotary: str | None = "rotary_emb"
+    rotary_by_kind: bool = False
+    """Whether each kind of layer turns by angles of its own."""
     head: str = "lm_head"
+    logit_cap: float | None = None
+    """Logits stay between minus this and this: cap tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2)."""
     tied: bool = False
     experts: str = ""
     """Within a layer: the fused experts, and what chooses among them; empty where no layer has experts."""
@@ -114,13 +123,15 @@ class Stage(nn.Module):
         part = nn.Module()
         self.is_first = 0 in layers
         self.is_last = len(anatomy.layer_kinds) - 1 in layers
+        here = [anatomy.rotary]
         if self.is_first:
-            part.add_module(anatomy.embedding, base.get_submodule(anatomy.embedding))
+            here += [anatomy.embedding, anatomy.positions, anatomy.dropout]
+        if self.is_last:
+            here += [anatomy.norm]
+        for name in filter(None, here):
+            part.add_module(name, base.get_submodule(name))
         all_layers = base.get_submodule(anatomy.layers)
         part.add_module(anatomy.layers, nn.ModuleDict({str(i): all_layers.get_submodule(str(i)) for i in layers}))
-        part.add_module(anatomy.rotary, base.get_submodule(anatomy.rotary))
-        if self.is_last:
-            part.add_module(anatomy.norm, base.get_submodule(anatomy.norm))
         self.add_module(anatomy.base, part)
         if self.is_last:
             self.add_module(anatomy.head, model.get_submodule(anatomy.head))
@@ -143,21 +154,35 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, *, position_ids: Tensor, sequence_share: Tensor | None = None) -> Tensor:
         """``sequence_share`` [B] is for layers with experts: see `expert.ExpertLayer`."""
         part, names = self.get_submodule(self.anatomy.base), self.anatomy
-        hidden = part.get_submodule(names.embedding)(x) if self.is_first else x
-        masks = self.masks(position_ids)
-        rotary = part.get_submodule(names.rotary)(hidden, position_ids=position_ids)
+        hidden = self._embed(x, position_ids) if self.is_first else x
+        masks, rotary = self.masks(position_ids), self._rotary(hidden, position_ids)
         for index, layer in self.layers.items():
+            kind = names.layer_kinds[int(index)]
             told = {"sequence_share": sequence_share} if index in self.with_experts else {}
-            hidden = layer(
-                hidden,
-                attention_mask=masks[names.layer_kinds[int(index)]],
-                position_ids=position_ids,
-                position_embeddings=rotary,
-                **told,
-            )
-        if self.is_last:
-            hidden = self.get_submodule(names.head)(part.get_submodule(names.norm)(hidden))
-        return hidden
+            hidden = layer(hidden, attention_mask=masks[kind], position_ids=position_ids, **rotary[kind], **told)
+        if not self.is_last:
+            return hidden
+        logits = self.get_submodule(names.head)(part.get_submodule(names.norm)(hidden))
+        return logits if names.logit_cap is None else torch.tanh(logits / names.logit_cap) * names.logit_cap
+
+    def _embed(self, ids: Tensor, position_ids: Tensor) -> Tensor:
+        part, names = self.get_submodule(self.anatomy.base), self.anatomy
+        hidden = part.get_submodule(names.embedding)(ids)
+        if names.positions is not None:
+            hidden = hidden + part.get_submodule(names.positions)(position_ids)
+        return hidden if names.dropout is None else part.get_submodule(names.dropout)(hidden)
+
+    def _rotary(self, hidden: Tensor, position_ids: Tensor) -> Mapping[str, Mapping[str, Any]]:
+        """What each kind of layer takes of rotary positions; computed by every stage, which is cheaper than sending."""
+        names = self.anatomy
+        kinds = {names.layer_kinds[int(index)] for index in self.layers}
+        if names.rotary is None:
+            return {kind: {} for kind in kinds}
+        rotary = self.get_submodule(f"{names.base}.{names.rotary}")
+        if names.rotary_by_kind:
+            return {kind: {"position_embeddings": rotary(hidden, position_ids, layer_type=kind)} for kind in kinds}
+        shared = {"position_embeddings": rotary(hidden, position_ids=position_ids)}
+        return dict.fromkeys(kinds, shared)
 
 
 def cut_stage(model: nn.Module, layers: Sequence[int], *, anatomy: Anatomy, masks: Callable[[Tensor], Masks]) -> Stage:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from cuboid.parallel.collectives import enter, leave
+from cuboid.parallel.collectives import enter, gather_features, leave
 from cuboid.parallel.local import local_parameters, placed
 
 
@@ -28,12 +29,20 @@ class Role(StrEnum):
     """A linear whose outputs are divided: [B, T, D] -> [B, T, F]; its parent is entered once for all of them."""
     ROW = "row"
     """A linear whose inputs are divided: [B, T, F] -> partial sums -> [B, t, D]."""
+    COLUMN_GATHERED = "column_gathered"
+    """A column whose outputs all ranks need whole, since its parent cuts them (queries, keys and values in one matrix)
+    or norms over them: [B, T, D] -> [B, T, F ranks]. The parent computes the same on every rank."""
+    ROW_CUT = "row_cut"
+    """A row that takes this rank's features out of whole ones: [B, T, F ranks] -> partial sums -> [B, t, D]. Backward
+    each rank so has a part of the gradient of what stands between column and row."""
     TOKENS = "tokens"
     """A norm on the residual stream: replicated weight, this rank's tokens."""
     HEADS = "heads"
-    """A norm within heads: replicated weight, this rank's heads."""
+    """A norm between column and row: replicated weight, of whose gradient each rank has a part (its heads)."""
     EMBEDDING = "embedding"
     """The vocabulary divided: ids [B, T] -> [B, t, D]."""
+    POSITIONS = "positions"
+    """Learned positions: replicated weight, this rank's tokens: ids [B, T] -> [B, t, D]."""
     HEAD = "head"
     """The vocabulary divided: [B, t, D] -> logits [B, T, V / ranks]."""
     EXPERTS = "experts"
@@ -62,7 +71,7 @@ def apply_tensor_parallel(stage: nn.Module, mesh: DeviceMesh, plan: Plan, *, seq
         if role is Role.EXPERTS:
             continue
         _distribute(module, mesh, role, shared, sequence=sequence)
-        if role is Role.COLUMN:
+        if role in (Role.COLUMN, Role.COLUMN_GATHERED):
             entered.add(stage.get_submodule(name.rpartition(".")[0]))
         _WRAP[role](module, mesh, sequence)
     for block in entered:
@@ -74,12 +83,18 @@ def pattern(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def _placements(role: Role, parameter: str) -> Placement:
-    if role in (Role.COLUMN, Role.EMBEDDING, Role.HEAD):
-        return Shard(0)
-    if role is Role.ROW and parameter == "weight":
-        return Shard(1)
+def _placements(role: Role, module: nn.Module, parameter: str) -> Placement:
+    outputs, inputs = (1, 0) if _is_transposed(module) and parameter == "weight" else (0, 1)
+    if role in (Role.COLUMN, Role.COLUMN_GATHERED, Role.EMBEDDING, Role.HEAD):
+        return Shard(outputs)
+    if role in (Role.ROW, Role.ROW_CUT) and parameter == "weight":
+        return Shard(inputs)
     return Replicate()
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2) is a linear whose weight is [inputs, outputs], and its ``nf`` their number."""
+    return type(module).__name__ == "Conv1D"
 
 
 def _distribute(
@@ -90,7 +105,7 @@ def _distribute(
         if parameter is None:
             continue
         if parameter not in shared:
-            shared[parameter] = placed(parameter, mesh, _placements(role, name))
+            shared[parameter] = placed(parameter, mesh, _placements(role, module, name))
         module.register_parameter(name, shared[parameter])
 
 
@@ -105,7 +120,15 @@ def _wrap_local(module: nn.Module, replicated_grad: Placement) -> None:
 
 
 def _column(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    if _is_transposed(module):
+        module.__dict__["nf"] //= mesh.size()
     _wrap_local(module, Partial())
+
+
+def _column_gathered(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    _column(module, mesh, sequence)
+    inner, group = module.forward, mesh.get_group()
+    module.forward = lambda x_BTD: gather_features(inner(x_BTD), group)
 
 
 def _tokens(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
@@ -123,11 +146,24 @@ def _row(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
         with local_parameters(module, Partial() if sequence else Replicate()) as local:
             bias = local.get("bias")
             if bias is not None:  # added once, to the sum
-                module.__dict__["bias"] = None
+                module.__dict__["bias"] = torch.zeros_like(bias)  # a Conv1D cannot do without
             summed = leave(inner(x_BTF), group, sequence=sequence)
             return summed if bias is None else summed + bias
 
     module.forward = forward
+
+
+def _row_cut(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    _row(module, mesh, sequence)
+    inner, ranks, rank = module.forward, mesh.size(), mesh.get_local_rank()
+    module.forward = lambda x_BTF: inner(x_BTF.chunk(ranks, dim=-1)[rank])
+
+
+def _positions(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    _tokens(module, mesh, sequence)
+    if sequence:
+        inner, ranks, rank = module.forward, mesh.size(), mesh.get_local_rank()
+        module.forward = lambda ids_BT: inner(ids_BT.chunk(ranks, dim=1)[rank])
 
 
 def _embedding(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
@@ -168,8 +204,11 @@ def _enter_block(block: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
 _WRAP: Mapping[Role, Callable[[nn.Module, DeviceMesh, bool], None]] = {
     Role.COLUMN: _column,
     Role.ROW: _row,
+    Role.COLUMN_GATHERED: _column_gathered,
+    Role.ROW_CUT: _row_cut,
     Role.TOKENS: _tokens,
     Role.HEADS: _heads,
     Role.EMBEDDING: _embedding,
+    Role.POSITIONS: _positions,
     Role.HEAD: _head,
 }

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,16 @@ import torch.nn.functional as F
 from harness import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cuboid.parallel.gradients import local
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
-from cuboid.trainer.assemble import assemble
+from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import NativeEngine
 from cuboid.trainer.model import draw_blueprint, whole_masks
-from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.model_config import known_keys, read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.recipe import Recipe
@@ -44,9 +45,37 @@ NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id":
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "smollm2": {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
-    "qwen3": {"model_type": "qwen3", "head_dim": 4},
-    "qwen2": {"model_type": "qwen2"},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 4},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 4,
+        "query_pre_attn_scalar": 4,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 1.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 4,
+        "query_pre_attn_scalar": 4,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        "pad_token_id": None,
+    },
+    "smollm3": {"model_type": "smollm3", "pad_token_id": None},
+    "olmo2": {"model_type": "olmo2"},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
     "qwen3_moe": {
         "model_type": "qwen3_moe",
@@ -130,7 +159,7 @@ class Case:
 
 
 def model_config(family: str, tied: bool) -> dict[str, Any]:
-    return {
+    sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 6,
@@ -139,7 +168,9 @@ def model_config(family: str, tied: bool) -> dict[str, Any]:
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
         "tie_word_embeddings": tied,
-    } | FAMILIES[family]
+    }
+    known = known_keys(CONFIG_MAPPING[FAMILIES[family]["model_type"]])
+    return {key: value for key, value in sizes.items() if key in known} | FAMILIES[family]
 
 
 @dataclass(frozen=True)
@@ -344,13 +375,14 @@ def worst(errors: Iterable[tuple[torch.Tensor, str]]) -> tuple[float, str]:
 
 
 @contextmanager
-def assembled(case: Case, weights: Mapping[str, torch.Tensor]) -> Iterator[NativeEngine]:
+def assembled(case: Case, weights: Mapping[str, torch.Tensor], folder: Path | None = None) -> Iterator[NativeEngine]:
     """The engine of this rank, assembled as a run does it, with what the case freezes frozen before."""
-    recipe = case.recipe()
+    recipe = case.recipe() if folder is None else pretrained(case.recipe(), folder)
     with connect(recipe.layout, timeout_seconds=60) as block:
         blueprint = draw_blueprint(read_checked_config(recipe.model))
         freeze(blueprint.model, case.frozen)
-        yield assemble(recipe, block, blueprint, from_full(weights.__getitem__))
+        given = from_full(weights.__getitem__) if folder is None else initial_weights(recipe, blueprint)
+        yield assemble(recipe, block, blueprint, given)
 
 
 def own_share(batch: Batch, block: Block) -> Batch:
@@ -372,9 +404,16 @@ def compare_gradients(engine: NativeEngine, wanted: Mapping[str, torch.Tensor]) 
     return *worst(errors), missing
 
 
-def compare(case: Case, expected: Reference) -> Difference:
-    """Runs in every rank: a first backward for the gradients, then the optimizer steps."""
-    with assembled(case, expected.weights) as engine:
+def pretrained(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its model from a folder."""
+    model = recipe.model.model_copy(update={"pretrained": str(folder), "config": None})
+    return recipe.model_copy(update={"model": model})
+
+
+def compare(case: Case, expected: Reference, folder: Path | None = None) -> Difference:
+    """Runs in every rank: a first backward for the gradients, then the optimizer steps. The first weights are read from
+    ``folder`` where one is given, in which transformers has saved them."""
+    with assembled(case, expected.weights, folder) as engine:
         watch = Watch(engine)
         losses, norms = [], []
         kept = [name for name, _ in engine.parameters if name not in expected.gradients]
@@ -400,10 +439,10 @@ def compare(case: Case, expected: Reference) -> Difference:
     return Difference(tuple(losses), tuple(norms), *found)
 
 
-def difference(case: Case) -> list[Difference]:
-    """Of every rank."""
+def difference(case: Case, folder: Path | None = None) -> list[Difference]:
+    """Of every rank; weights from ``folder``, where one is given."""
     expected = reference(case.family, case.tied, case.frozen, case.capacity_factor)
-    return run_ranks(compare, case.world_size, case, expected, timeout=120)
+    return run_ranks(compare, case.world_size, case, expected, folder, timeout=120)
 
 
 def assert_same_numbers(case: Case, ranks: Iterable[Difference]) -> None:

@@ -16,18 +16,16 @@ from cuboid.trainer.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[1]
 CPU, GPUS = Devices("cpu", 2), Devices("cuda", 4)
-LLAMA = {
-    "model_type": "llama",
+SIZES = {
     "vocab_size": 264,
     "hidden_size": 64,
-    "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "bos_token_id": None,
     "eos_token_id": 256,
 }
+LLAMA = SIZES | {"model_type": "llama", "intermediate_size": 96, "num_key_value_heads": 2}
 SMOLLM2 = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
@@ -96,20 +94,27 @@ def test_the_shipped_model_refuses_what_its_recipe_says(monkeypatch):
     check(load_recipe("smollm2", ["parallel.data=1", "parallel.tensor=3", "data.sequence_length=126"]), CPU)
 
 
-def test_a_family_without_a_tensor_plan_needs_tensor_1():
-    values = {
-        "model_type": "gpt_neo",
-        "vocab_size": 264,
-        "hidden_size": 64,
-        "num_layers": 4,
-        "attention_types": [[["global"], 4]],
-        "num_heads": 4,
-    }
-    without = Recipe.model_validate(recipe(parallel={"tensor": 2}).model_dump() | {"model": {"config": values}})
-    assert (
-        "parallel.tensor=2 has no plan: transformers' gpt_neo does not say how its layers are divided; use 1"
-        in complaints(without)
+def on_tensor_ranks(values, **parallel):
+    return Recipe.model_validate(
+        recipe(parallel={"tensor": 2, **parallel}).model_dump() | {"model": {"config": SIZES | values}}
     )
+
+
+def test_a_family_without_a_tensor_plan_needs_tensor_1():
+    values = {"model_type": "stablelm", "intermediate_size": 96, "num_key_value_heads": 2}
+    told = "parallel.tensor=2 or more has no plan: transformers' stablelm does not say how its layers are divided"
+    assert f"{told}; use parallel.tensor=1" in complaints(on_tensor_ranks(values))
+
+
+def test_tensor_ranks_do_not_drop_shared_hidden_states_each_for_itself():
+    (told,) = complaints(on_tensor_ranks({"model_type": "gpt2"}, sequence=False))
+    assert told == (
+        "parallel.sequence=false lets each tensor rank drop other elements of the hidden states that they share; "
+        "use true, or a config without dropout"
+    )
+    without = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    check(on_tensor_ranks({"model_type": "gpt2", **without}, sequence=False), CPU)
+    check(on_tensor_ranks({"model_type": "gpt2"}), CPU)
 
 
 def test_stages_schedule_and_batch():

@@ -133,11 +133,19 @@ def test_biases_that_the_format_has_no_place_for_are_told(tmp_path: Path) -> Non
     assert "left out: 6 biases of routers (moe.bias_update), for which the format has no place" in done.output
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_every_mesh_exports_the_same_model(tmp_path: Path, tied: bool) -> None:
-    case = Case(pipeline=2, data=2, tensor=2, tied=tied)
-    run_ranks(save_from_ranks, 8, case, tmp_path / "cube")
-    run_ranks(save_from_ranks, 1, Case(tied=tied, family="llama"), tmp_path / "one")
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        ("llama", True),
+        pytest.param("llama", False, marks=pytest.mark.full),
+        pytest.param("phi3", False, marks=pytest.mark.full),
+        pytest.param("gpt_neox", False, marks=pytest.mark.full),
+        pytest.param("gpt2", True, marks=pytest.mark.full),
+    ],
+)
+def test_every_mesh_exports_the_same_model(tmp_path: Path, family: str, tied: bool) -> None:
+    run_ranks(save_from_ranks, 8, Case(pipeline=2, data=2, tensor=2, family=family, tied=tied), tmp_path / "cube")
+    run_ranks(save_from_ranks, 1, Case(family=family, tied=tied), tmp_path / "one")
     first, second = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "out")
         for name in ("cube", "one")

@@ -46,6 +46,7 @@ def test_matrices_are_decayed_norms_biases_and_embeddings_are_not() -> None:
     matrix, vector = torch.empty(2, 2), torch.empty(2)
     assert is_decayed("model.layers.0.mlp.up_proj.weight", matrix)
     assert is_decayed("lm_head.weight", matrix)
-    assert not is_decayed("model.embed_tokens.weight", matrix)
+    for name in ("model.embed_tokens", "gpt_neox.embed_in", "transformer.wte", "transformer.wpe"):
+        assert not is_decayed(f"{name}.weight", matrix), name
     assert not is_decayed("model.norm.weight", vector)
     assert not is_decayed("model.layers.0.self_attn.q_proj.bias", vector)

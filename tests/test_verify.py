@@ -98,6 +98,27 @@ def test_a_pretrained_model_is_shrunk_whatever_else_its_config_holds(verify: Ver
     assert "shrunk to 3 layers" in printed
 
 
+SMALL = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 8, "pad_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("gpt2", {}),  # whose dropout is left out
+        pytest.param("gemma3_text", {}, marks=pytest.mark.full),
+        pytest.param("phi3", {}, marks=pytest.mark.full),
+        pytest.param("smollm3", {}, marks=pytest.mark.full),
+        pytest.param("olmo2", {"num_key_value_heads": 4}, marks=pytest.mark.full),
+        pytest.param("gpt_neox", {}, marks=pytest.mark.full),
+    ],
+)
+def test_a_proven_family_passes(verify: Verify, family: str, values: dict[str, int]) -> None:
+    config = {"model_type": family, **SMALL, **values}
+    code, printed = verify(f"model={{config: {json.dumps(config)}}}")
+    assert code == 0, printed
+    assert family in printed
+
+
 @pytest.mark.parametrize("threads", [None, "4"])
 def test_ranks_do_not_wait_for_threads_of_the_process_that_forked_them(threads: str | None) -> None:
     Path("small.yaml").write_text(RECIPE.format(family="llama"))

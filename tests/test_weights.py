@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from parity import Case, full
+from parity import Case, full, pretrained
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,12 +41,6 @@ def on_mesh(recipe: Recipe) -> dict[str, torch.Tensor]:
         for name, tensor in held.items():
             assert torch.equal(tensor, whole.setdefault(name, tensor)), f"{name} differs between ranks"
     return whole
-
-
-def pretrained(case: Case, folder: Path) -> Recipe:
-    recipe = case.recipe()
-    model = recipe.model.model_copy(update={"pretrained": str(folder), "config": None})
-    return recipe.model_copy(update={"model": model})
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +86,7 @@ def test_initial_values_follow_the_familys_rule() -> None:
 @pytest.mark.parametrize("case", [Case(2, 2, 2), Case(), Case(1, 3, 1), Case(2, 1, 2, shard=False)], ids=str)
 def test_safetensors_reach_the_shards_bit_for_bit(case: Case, folder: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    held = on_mesh(pretrained(case, folder))
+    held = on_mesh(pretrained(case.recipe(), folder))
     assert held.keys() == expected.keys() - {"lm_head.weight"}
     for name, tensor in held.items():
         assert torch.equal(tensor, expected[name]), name
@@ -168,7 +162,7 @@ def elements_read(recipe: Recipe) -> tuple[Counter[str], dict[str, tuple[int, in
 def test_a_rank_reads_what_it_owns_and_nothing_else(case: Case, folder: Path) -> None:
     assert safe_open is weights.safe_open, "what is counted is what is called"
     total = 0
-    for read, held in run_ranks(elements_read, 2, pretrained(case, folder), timeout=120):
+    for read, held in run_ranks(elements_read, 2, pretrained(case.recipe(), folder), timeout=120):
         assert read == {name: own for name, (own, _) in held.items()}
         cut = [own < whole for own, whole in held.values()]
         assert all(cut) if case.data > 1 else any(cut) == (case.tensor > 1)
@@ -183,7 +177,7 @@ def test_a_rank_reads_what_it_owns_and_nothing_else(case: Case, folder: Path) ->
 
 
 def refusal(folder: Path) -> str:
-    recipe = pretrained(Case(), folder)
+    recipe = pretrained(Case().recipe(), folder)
     with pytest.raises(UserError) as error:
         initial_weights(recipe, draw_blueprint(read_checked_config(recipe.model)))
     return str(error.value)

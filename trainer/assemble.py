@@ -29,6 +29,7 @@ from cuboid.trainer.model import (
     tensor_plan,
 )
 from cuboid.trainer.optimizer import ShardedAdamW
+from cuboid.trainer.plans import stored_names
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
@@ -139,6 +140,7 @@ def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
         base=anatomy.base,
         family=blueprint.config.model_type,
         dense=upcycled,
+        stored_names=stored_names(blueprint.config),
     )
 
     def copy_into(name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:

@@ -230,11 +230,7 @@ def _tensor_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
     tensor, model = recipe.parallel.tensor, recipe.model.pretrained or f"this {config.model_type}"
     if tensor == 1:
         return
-    if not getattr(config, "base_model_tp_plan", None):
-        constraint = f"has no plan: transformers' {config.model_type} does not say how its layers are divided"
-        yield FieldError("parallel.tensor", tensor, constraint, "use 1")
-        return
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner", "vocab_size")
     sizes = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
     failing = [f"{name}={value}" for name, value in sizes.items() if value % tensor]
     if not failing:
@@ -301,8 +297,11 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
     yield from errors
     if blueprint is not None:
         yield from _attempt(lambda: check_family(config))[0]
-        if recipe.parallel.tensor > 1 and config.base_model_tp_plan:
+        if recipe.parallel.tensor > 1:
             yield from _attempt(lambda: tensor_plan(blueprint))[0]
+            if not recipe.parallel.sequence and blueprint.drops_hidden_states:
+                constraint = "lets each tensor rank drop other elements of the hidden states that they share"
+                yield FieldError("parallel.sequence", "false", constraint, "use true, or a config without dropout")
 
 
 def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[UserError]:

@@ -17,10 +17,13 @@ from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.expert import choice
 from cuboid.parallel.stages import Anatomy, Costs, Masks
 from cuboid.parallel.tensor import Plan, Role, pattern
+from cuboid.trainer.plans import part_names, tensor_styles
 
 _ROLES = {
     "colwise": Role.COLUMN,
     "rowwise": Role.ROW,
+    "colwise_gather_output": Role.COLUMN_GATHERED,
+    "rowwise_split_input": Role.ROW_CUT,
     "replicated_with_grad_allreduce": Role.HEADS,
 }
 """What transformers' plans call the roles; a style that is not here is refused by name."""
@@ -41,6 +44,11 @@ class Blueprint:
     anatomy: Anatomy
     compute: torch.dtype = torch.float32
     """Of activations."""
+
+    @property
+    def drops_hidden_states(self) -> bool:
+        """Whether layers have dropout beside that within attention."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
     def masks(self, position_ids: Tensor) -> Masks:
         """Attention mask of each kind of layer for positions [B, T]; where they start again, a new document begins."""
@@ -97,23 +105,35 @@ def whole_masks(blueprint: Blueprint, position_ids: Tensor) -> Masks | None:
 
 def find_parts(model: transformers.PreTrainedModel) -> Anatomy:
     """Check that the model has the parts that a stage computes, and nothing beside them."""
-    config = model.config
+    config, base = model.config, getattr(model, model.base_model_prefix, nn.Module())
     kind = "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
     kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
-    anatomy = Anatomy(tuple(kinds), base=model.base_model_prefix, tied=bool(config.tie_word_embeddings))
-    base = model.get_submodule(anatomy.base)
-    known = {anatomy.embedding, anatomy.layers, anatomy.norm, anatomy.rotary}
-    children = {name for name, _ in base.named_children()}
-    strange = sorted((children ^ known) | {name for name, _ in model.named_children()} ^ {anatomy.base, anatomy.head})
+    named, children = part_names(config), dict(base.named_children())
+    rotary = next((name for name, child in children.items() if "RotaryEmbedding" in type(child).__name__), None)
+    anatomy = Anatomy(
+        tuple(kinds),
+        base=model.base_model_prefix,
+        embedding=named["embedding"],
+        positions=named.get("positions"),
+        dropout=named.get("dropout"),
+        layers=named["layers"],
+        norm=named["norm"],
+        rotary=rotary,
+        rotary_by_kind=hasattr(children.get(rotary), "layer_types"),
+        logit_cap=getattr(config, "final_logit_softcapping", None),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+    known = {*named.values(), *filter(None, [rotary])}
+    strange = (children.keys() ^ known) | {name for name, _ in model.named_children()} ^ {anatomy.base, anatomy.head}
+    unknown_kinds = set(kinds) - set(_MASKS)
     experts, router, beside = _find_experts(base.get_submodule(anatomy.layers)) if not strange else ("", "", [])
-    strange += beside
-    unknown_kinds = sorted(set(kinds) - set(_MASKS))
+    strange |= set(beside)
     if strange or unknown_kinds:
         raise FieldError(
             "model.model_type",
             config.model_type,
-            f"has parts that cannot be cut into stages yet: {', '.join(strange + unknown_kinds)}",
-            "use a family of Llama's shape, such as llama or qwen3",
+            f"has parts that cannot be cut into stages yet: {', '.join([*sorted(strange), *sorted(unknown_kinds)])}",
+            "use a family that docs/families.md proves, such as llama or qwen3",
         )
     return replace(anatomy, experts=experts, router=router)
 
@@ -139,12 +159,17 @@ def tensor_plan(blueprint: Blueprint) -> Plan:
         FieldError: where a module with parameters would have no role. Left out, it would train wrongly in silence.
     """
     anatomy, config = blueprint.anatomy, blueprint.config
-    theirs: Mapping[str, str] = config.base_model_tp_plan or {}
+    theirs = tensor_styles(config)
+    if not theirs:
+        constraint = f"has no plan: transformers' {config.model_type} does not say how its layers are divided"
+        raise FieldError("parallel.tensor", "2 or more", constraint, "use parallel.tensor=1")
     plan: dict[str, Role] = {
         f"{anatomy.base}.{anatomy.embedding}": Role.EMBEDDING,
         f"{anatomy.base}.{anatomy.norm}": Role.TOKENS,
         anatomy.head: Role.HEAD,
     }
+    if anatomy.positions is not None:
+        plan[f"{anatomy.base}.{anatomy.positions}"] = Role.POSITIONS
     layer = f"{anatomy.base}.{anatomy.layers}.*"
     if anatomy.experts:  # on this rank's tokens, as the norms are
         plan |= {f"{layer}.{anatomy.experts}": Role.EXPERTS, f"{layer}.{anatomy.router}": Role.TOKENS}
@@ -214,37 +239,49 @@ def expert_counts(blueprint: Blueprint) -> list[int]:
 def seeded_tensors(blueprint: Blueprint, *, seed: int) -> Callable[[str], Tensor]:
     """Initial weights by global name, the same on every mesh: ``read(name)`` gives the full tensor on the CPU.
 
-    Each module is initialised alone by the family's own rule (`_init_weights`), from a generator that is seeded by the
-    run's seed and the module's name; so neither the order nor the rank that asks matters.
+    Each module is initialised alone by the family's own rule (`_init_weights`) for it and then for the block that it
+    stands in, from a generator that is seeded by the run's seed and the module's name; so neither the order nor the
+    rank that asks matters.
     """
 
     def read(name: str) -> Tensor:
         owner, _, parameter = name.rpartition(".")
-        module = _materialised(blueprint.model.get_submodule(owner))
+        parent, _, child = owner.rpartition(".")
+        module = _twin(blueprint.model.get_submodule(owner), device="cpu")
+        block = _twin(blueprint.model.get_submodule(parent), device="meta")
+        block._modules = {key: _twin(sibling, device="meta") for key, sibling in block.named_children()}
+        block._modules[child] = module
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(seed, owner))
             blueprint.model._init_weights(module)
+            blueprint.model._init_weights(block)  # GPT-2 starts lower in what writes into the residual stream
         return module.get_parameter(parameter).detach()
 
     return read
 
 
 def initialise_buffers(blueprint: Blueprint, stage: nn.Module) -> None:
-    """Compute the buffers that no file holds (rotary frequencies), in place, after `to_empty`."""
+    """Compute the buffers that no file holds (rotary frequencies, an embedding's scale), in place, after `to_empty`.
+
+    Raises:
+        UserError: files hold a buffer, or the family's own rule (`_init_weights`) leaves it out.
+    """
     for name, module in stage.named_modules():
-        if module._buffers:
-            if "RotaryEmbedding" not in type(module).__name__:
-                raise UserError(f"{name} ({type(module).__name__}) has buffers that cannot be rebuilt yet")
-            with torch.no_grad():
-                blueprint.model._init_weights(module)
+        buffers = list(module.buffers(recurse=False))
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
+        if buffers:
+            blueprint.model._init_weights(_twin(module, device="meta"))  # the parameters' values come from elsewhere
+        if module._buffers.keys() - module._non_persistent_buffers_set or any(b.isnan().any() for b in buffers):
+            raise UserError(f"{name} ({type(module).__name__}) has buffers that cannot be rebuilt yet")
 
 
-def _materialised(module: nn.Module) -> nn.Module:
-    """A CPU copy of one `meta` module without its children."""
-    twin = object.__new__(type(module))  # a copy would be made by the class that sharding has put over the module's own
-    twin.__dict__ = {**module.__dict__, "_modules": {}}
+def _twin(module: nn.Module, *, device: str) -> nn.Module:
+    """The module with its own buffers and children and with new parameters, still without values."""
+    twin = object.__new__(type(module))  # `copy` would call the constructor of a layer that FSDP manages
+    twin.__dict__.update(module.__dict__)
     twin._parameters = {
-        key: None if value is None else nn.Parameter(torch.empty(value.shape, dtype=value.dtype))
+        key: None if value is None else nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device=device))
         for key, value in module._parameters.items()
     }
     return twin

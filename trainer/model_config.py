@@ -23,9 +23,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def read_checked_config(settings: ModelSettings) -> PretrainedConfig:
     """The transformers config of the recipe's model. Raises UserError where there is none; touches no weights."""
     if settings.config is not None:
-        return _from_values(settings.config)
-    assert settings.pretrained is not None
-    return _from_pretrained(settings.pretrained)
+        config = _from_values(settings.config)
+    else:
+        assert settings.pretrained is not None
+        config = _from_pretrained(settings.pretrained)
+    if not hasattr(config, "num_hidden_layers"):
+        constraint = "holds no layers of its own: it joins several models, as of text and images"
+        raise FieldError("model.model_type", config.model_type, constraint, "use the text model alone")
+    return config
 
 
 _EXPERTS_OF = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}

@@ -13,6 +13,8 @@ from cuboid.parallel.gradients import local
 from cuboid.trainer.recipe import OptimizerSettings
 
 _SLOTS = ("exp_avg", "exp_avg_sq")
+_EMBEDDINGS = ("embed", "wte", "wpe")
+"""Words by which models call their embeddings; the last two are GPT-2's, of tokens and of positions."""
 
 
 class ShardedAdamW:
@@ -89,7 +91,8 @@ def _placed_like(parameter: Tensor, shard: Tensor) -> Tensor:
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
     """Matrices are decayed; norms and biases (one dimension) and embeddings are not."""
-    return parameter.dim() > 1 and "embed" not in name.rpartition(".")[0].rpartition(".")[2]
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return parameter.dim() > 1 and not any(word in module for word in _EMBEDDINGS)
 
 
 def learning_rate(step: int, *, steps: int, settings: OptimizerSettings) -> float:

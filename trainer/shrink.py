@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.model_config import known_keys
@@ -13,6 +14,8 @@ from cuboid.trainer.recipe import ModelSettings, Recipe
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
 
+_BY_LAYER = ("layer_types", "no_rope_layers")
+"""Keys of a config that hold a value for each layer."""
 _HEAD = 8
 _TOKENS = 16
 
@@ -21,7 +24,7 @@ def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int, expert:
     """The same family with ``layers`` small layers, of all kinds in turn, that divide by ``tensor``, and few experts
     that divide by ``expert``."""
     small = copy.deepcopy(config)
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
+    kinds = layer_kinds(config)
     kv_heads = getattr(config, "num_key_value_heads", None)
     share = 1 if kv_heads is None else min(config.num_attention_heads // kv_heads, 2)
     heads = share * lcm(2, tensor)
@@ -45,16 +48,30 @@ def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int, expert:
         if getattr(config, name, None) is not None:
             setattr(small, name, value)
     small.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        small.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
+    for name in kinds[0]:
+        setattr(small, name, [kinds[layer % len(kinds)][name] for layer in range(layers)])
+    rope = getattr(small, "rope_parameters", None) or {}
+    for name in {"short_factor", "long_factor"} & rope.keys():  # of longrope: one for each pair of features that turns
+        rope[name] = rope[name][: int(_HEAD * rope.get("partial_rotary_factor", 1.0)) // 2]
     return small
+
+
+def layer_kinds(config: PretrainedConfig) -> list[Mapping[str, Any]]:
+    """What the config says of single layers, once for each kind; one empty mapping where all are alike."""
+    said = {name: values for name in _BY_LAYER if (values := getattr(config, name, None))}
+    kinds: list[Mapping[str, Any]] = []
+    for layer in range(config.num_hidden_layers):
+        kind = {name: values[layer] for name, values in said.items()}
+        if kind not in kinds:
+            kinds.append(kind)
+    return kinds
 
 
 def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
     """The recipe with such a model, drawn from the seed, and short sequences; mesh, schedule, microbatches and all that
     is turned on stay."""
     parallel = recipe.parallel
-    stages, kinds = parallel.pipeline * virtual_stages(recipe), len(set(getattr(config, "layer_types", None) or [0]))
+    stages, kinds = parallel.pipeline * virtual_stages(recipe), len(layer_kinds(config))
     layers = config.num_hidden_layers if parallel.layers else min(config.num_hidden_layers, max(stages + 1, 2 * kinds))
     small = shrink_config(config, tensor=parallel.tensor, layers=max(layers, stages), expert=parallel.expert)
     known = known_keys(type(config)) - set(_NOT_VALUES)

@@ -50,7 +50,13 @@ def from_full(read: Callable[[str], Tensor]) -> CopyInto:
 
 
 def from_safetensors(
-    folder: Path, *, shapes: Mapping[str, torch.Size], base: str, family: str, dense: bool = False
+    folder: Path,
+    *,
+    shapes: Mapping[str, torch.Size],
+    base: str,
+    family: str,
+    stored_names: Mapping[str, str],
+    dense: bool = False,
 ) -> CopyInto:
     """Read shards straight from the safetensors files of a Hugging Face folder.
 
@@ -59,6 +65,7 @@ def from_safetensors(
         shapes: what the model expects, by global name.
         base: prefix that a file of the base model alone leaves out (``model``).
         family: the config's model_type, by whose names experts are stored.
+        stored_names: what files may call a parameter, where the model calls it otherwise.
         dense: the folder holds the dense model that every expert is a copy of.
 
     Raises:
@@ -70,7 +77,8 @@ def from_safetensors(
     for name, shape in shapes.items():
         places[name] = []
         for tile in tiles(family, name, shape, dense=dense):
-            stored = next((key for key in (tile.key, tile.key.removeprefix(f"{base}.")) if key in files), None)
+            names = (tile.key, tile.key.removeprefix(f"{base}."), stored_names.get(name))
+            stored = next((key for key in names if key in files), None)
             if stored is None:
                 wrong.append(f"{tile.key} is missing")
                 continue
