@@ -20,7 +20,7 @@ from cuboid.trainer.recipe import MoeSettings
 COVER = [
     Case(family="gpt_oss"),
     Case(1, 2, 1, family="mixtral", expert=2),
-    Case(1, 2, 1, family="olmoe", shard=False, tied=True),
+    Case(1, 2, 2, family="olmoe", expert=2, shard=False, tied=True),
     Case(1, 1, 2, family="mixtral", activation_checkpointing="full", capacity_factor=1.0),
     Case(2, 1, 1, "zbv", family="qwen3_moe", capacity_factor=0.8),
     Case(2, 2, 1, "1f1b", family="gpt_oss", expert=2, tied=True),
@@ -33,8 +33,8 @@ COVER = [
     Case(2, 2, 2, "1f1b", family="mixtral", expert=2, tied=True),
     Case(2, 2, 2, "1f1b", family="qwen3_moe", expert=1),
 ]
-TENSOR = ("mixtral", "qwen3_moe")
-"""Families whose attention divides over tensor ranks; `check` refuses it for the others."""
+TENSOR = ("mixtral", "qwen3_moe", "olmoe")
+"""Families whose attention divides over tensor ranks; `check` refuses it for the other."""
 
 
 def cells() -> list[Case]:

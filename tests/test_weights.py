@@ -111,7 +111,7 @@ def test_experts_reach_the_shards_as_their_family_stores_them(case: Case, tmp_pa
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         one_by_one = any(".experts.0." in name for name in file.keys())  # noqa: SIM118
     assert one_by_one == (case.family != "gpt_oss")
-    held = on_mesh(pretrained(case, tmp_path))
+    held = on_mesh(pretrained(case.recipe(), tmp_path))
     assert held.keys() == expected.keys()
     for name, tensor in held.items():
         assert torch.equal(tensor, expected[name]), name

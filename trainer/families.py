@@ -6,12 +6,14 @@ would leave out in silence.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.stages import cut_stage
-from cuboid.trainer.model import Blueprint, find_parts, whole_masks
+from cuboid.trainer.model import Blueprint, draw_blueprint, find_parts, whole_masks
 from cuboid.trainer.shrink import layer_kinds, shrink_config
 
 PROVEN = (
@@ -19,12 +21,16 @@ PROVEN = (
     "gemma3_text",
     "gpt2",
     "gpt_neox",
+    "gpt_oss",
     "llama",
     "mistral",
+    "mixtral",
     "olmo2",
+    "olmoe",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
 )
 """Families that the project's own tests prove on every mesh: docs/families.md."""
@@ -38,6 +44,7 @@ def check_family(config: transformers.PretrainedConfig) -> None:
     except FieldError:
         raise
     except Exception as error:  # a family may fail in any way on a shape that it was not made for
+        draw_blueprint(copy.deepcopy(config))  # which parts it has would be the better reason
         raise _refusal(config, f"cannot be tried on a small model ({error})") from error
     if difference > _TOLERANCE:
         raise _refusal(config, f"computes something that stages leave out (a small model differs by {difference:.1e})")
