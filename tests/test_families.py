@@ -98,7 +98,7 @@ BELOW = """\
 each rank computes whole, as transformers' own plan says: the published layout of the weights is kept, in which a rank's
 heads do not lie together.
 
-Experts are divided over all data and tensor ranks of the mesh, and balanced by losses and biases: [Experts](experts.md).
+Experts are divided over all data and tensor ranks of the mesh, balanced by losses and biases: [Experts](experts.md).
 
 Where a config's `vocab_size`, heads or widths do not divide by `parallel.tensor` (GPT-2's 50257), the check says so.
 
