@@ -20,7 +20,7 @@ from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble
 from cuboid.trainer.data import Batch
-from cuboid.trainer.engine import NativeEngine
+from cuboid.trainer.engine import Engine
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
@@ -86,6 +86,18 @@ class Case:
                 "train": {"steps": STEPS, "global_batch": GLOBAL_BATCH},
             }
         )
+
+
+@dataclass(frozen=True)
+class ZeroCase(Case):
+    """A mesh on which DeepSpeed runs data parallelism."""
+
+    engine: str = "deepspeed"
+    zero_stage: int = 1
+    offload: str | None = None
+
+    def __str__(self) -> str:
+        return f"zero{self.zero_stage}-{super().__str__()}" + f"-{self.offload}" * bool(self.offload)
 
 
 def model_config(family: str, tied: bool) -> dict[str, Any]:
@@ -196,7 +208,7 @@ class Work:
 class Watch:
     """Looks on while an engine's stages compute."""
 
-    def __init__(self, engine: NativeEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine, self._calls = engine, Counter[str]()
         self._tokens, self._boundaries, self._logits = set[int](), set[tuple[int, ...]](), set[tuple[int, ...]]()
         for timed in engine.pipeline._stages:
@@ -281,14 +293,14 @@ def compare(case: Case, expected: Reference) -> Difference:
             norms.append(relative(result.grad_norm, expected.norms[step]))
             if step == 0:
                 work = watch.work()
-                for name, parameter in engine.parameters:
-                    if parameter.grad is None:
+                for name, gradient in engine.gradients():
+                    if gradient is None:
                         missing.append(name)
                         continue
                     wanted = expected.gradients[name]
-                    errors.append(((full(parameter.grad) - wanted).abs().max() / wanted.abs().max(), name))
+                    errors.append(((full(gradient) - wanted).abs().max() / wanted.abs().max(), name))
             engine.update(result, learning_rate=LEARNING_RATE)
-        moved = {name: full(parameter.detach()) - expected.weights[name] for name, parameter in engine.parameters}
+        moved = {name: full(weight) - expected.weights[name] for name, weight in engine.weights()}
         updates = [
             ((moved[name] - update).norm() / update.norm(), name)
             for name, update in expected.updates.items()
