@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import run_ranks
-from parity import GLOBAL_BATCH, LEARNING_RATE, Case, Reference, reference, relative
+from parity import GLOBAL_BATCH, LEARNING_RATE, Case, Reference, ZeroCase, reference, relative
 from runs import STEPS, losses, recipe_on, run
 
 from cuboid.parallel.mesh import connect
@@ -49,6 +49,8 @@ CASES = [
     Case(2, 2, 1, "interleaved_zero_bubble"),
     Case(2, 2, 1, "zbv", tied=True),
     Case(2, 1, 1, "dualpipe_v"),
+    ZeroCase(1, 2, 1, zero_stage=3),
+    pytest.param(ZeroCase(2, 2, 1, zero_stage=1), marks=pytest.mark.full),
 ]
 
 

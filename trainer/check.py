@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *_shard_errors(recipe),
         *_batch_errors(recipe),
         *_schedule_errors(recipe),
+        *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *_length_errors(recipe),
         *_folder_errors(recipe),
         *_launch_errors(recipe),
