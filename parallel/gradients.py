@@ -103,12 +103,15 @@ def squared_norm(parameters: Sequence[nn.Parameter], ranks: int) -> Tensor:
     gradient add nothing.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    if not parameters:
+    return sum_of_squares([local_gradient(p) for p in parameters], [1.0 / replicas(p, ranks) for p in parameters])
+
+
+def sum_of_squares(tensors: list[Tensor], shares: Sequence[float]) -> Tensor:
+    """The squared norms of the tensors, each times its share, added up in float64."""
+    if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    grads = [local_gradient(p) for p in parameters]
-    shares = torch.tensor([1.0 / replicas(p, ranks) for p in parameters], dtype=torch.float64, device=grads[0].device)
-    norms = torch.stack(torch._foreach_norm(grads, 2.0)).double()
-    return (norms.square() * shares).sum()
+    norms = torch.stack(torch._foreach_norm(tensors, 2.0)).double()
+    return (norms.square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)).sum()
 
 
 def clip(parameters: Iterable[nn.Parameter], *, norm: float, limit: float) -> None:

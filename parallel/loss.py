@@ -74,7 +74,7 @@ class SummedCrossEntropy:
 
     def __init__(self, group: ProcessGroup, *, chunk_tokens: int = 1024) -> None:
         self.group, self.chunk_tokens = group, chunk_tokens
-        self.num_valid_tokens: int = 0
+        self.num_valid_tokens: float = 0
 
     def __call__(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
         assert self.num_valid_tokens > 0, "the step's token count must be set first"

@@ -25,7 +25,7 @@ from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch
-from cuboid.trainer.engine import NativeEngine
+from cuboid.trainer.engine import Engine
 from cuboid.trainer.model import draw_blueprint, whole_masks
 from cuboid.trainer.model_config import known_keys, read_checked_config
 from cuboid.trainer.optimizer import is_decayed
@@ -156,6 +156,18 @@ class Case:
                 "train": {"steps": STEPS, "global_batch": GLOBAL_BATCH},
             }
         )
+
+
+@dataclass(frozen=True)
+class ZeroCase(Case):
+    """A mesh on which DeepSpeed runs data parallelism."""
+
+    engine: str = "deepspeed"
+    zero_stage: int = 1
+    offload: str | None = None
+
+    def __str__(self) -> str:
+        return f"zero{self.zero_stage}-{super().__str__()}" + f"-{self.offload}" * bool(self.offload)
 
 
 def model_config(family: str, tied: bool) -> dict[str, Any]:
@@ -301,7 +313,7 @@ class Work:
 class Watch:
     """Looks on while an engine's stages compute."""
 
-    def __init__(self, engine: NativeEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine, self._calls = engine, Counter[str]()
         self._tokens, self._boundaries, self._logits = set[int](), set[tuple[int, ...]](), set[tuple[int, ...]]()
         for stage in engine.pipeline.modules.values():
@@ -375,7 +387,7 @@ def worst(errors: Iterable[tuple[torch.Tensor, str]]) -> tuple[float, str]:
 
 
 @contextmanager
-def assembled(case: Case, weights: Mapping[str, torch.Tensor], folder: Path | None = None) -> Iterator[NativeEngine]:
+def assembled(case: Case, weights: Mapping[str, torch.Tensor], folder: Path | None = None) -> Iterator[Engine]:
     """The engine of this rank, assembled as a run does it, with what the case freezes frozen before."""
     recipe = case.recipe() if folder is None else pretrained(case.recipe(), folder)
     with connect(recipe.layout, timeout_seconds=60) as block:
@@ -392,12 +404,12 @@ def own_share(batch: Batch, block: Block) -> Batch:
     return Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
 
 
-def compare_gradients(engine: NativeEngine, wanted: Mapping[str, torch.Tensor]) -> tuple[float, str, list[str]]:
+def compare_gradients(engine: Engine, wanted: Mapping[str, torch.Tensor]) -> tuple[float, str, list[str]]:
     """The worst gradient's error and name, and the names of this rank's parameters that have none and should."""
     errors, missing = [], []
-    for name, parameter in engine.parameters:
-        if parameter.grad is not None and name in wanted:
-            error = (full(parameter.grad) - wanted[name]).abs().max() / wanted[name].abs().max()
+    for name, gradient in engine.gradients():
+        if gradient is not None and name in wanted:
+            error = (full(gradient) - wanted[name]).abs().max() / wanted[name].abs().max()
             errors.append((error, name))
         elif name in wanted:
             missing.append(name)
@@ -417,7 +429,8 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
         watch = Watch(engine)
         losses, norms = [], []
         kept = [name for name, _ in engine.parameters if name not in expected.gradients]
-        touched = [name for name in engine.optimizer.state() if name.partition(".")[2] in kept]
+        state = engine.tensors() if kept else {}
+        touched = [name for name in state if name.startswith("optimizer.") and name.split(".", 2)[2] in kept]
         for step, batch in enumerate(expected.batches):
             result = engine.backward(own_share(batch, engine.block))
             losses.append(relative(result.loss, expected.losses[step]))
@@ -425,10 +438,10 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
             if step == 0:
                 work = watch.work()
                 *gradient, missing = compare_gradients(engine, expected.gradients)
-                touched += [name for name, p in engine.parameters if name in kept and p.grad is not None]
+                touched += [name for name, grad in engine.gradients() if name in kept and grad is not None]
                 measures = result.measures and result.measures.record()
             engine.update(result, learning_rate=LEARNING_RATE)
-        moved = {name: full(parameter.detach()) - expected.weights[name] for name, parameter in engine.parameters}
+        moved = {name: full(weight) - expected.weights[name] for name, weight in engine.weights()}
         touched += [name for name in kept if moved[name].any()]
         updates = [
             ((moved[name] - update).norm() / update.norm(), name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import run_ranks
-from parity import LEARNING_RATE, Case, Reference, assembled, own_share, reference, relative
+from parity import LEARNING_RATE, Case, Reference, ZeroCase, assembled, own_share, reference, relative
 from runs import STEPS, losses, recipe_on, run
 
 from cuboid.trainer.runlog import read_metrics
@@ -38,6 +38,8 @@ CASES = [
     Case(2, 2, 1, "interleaved_zero_bubble"),
     Case(2, 2, 1, "zbv", tied=True),
     Case(2, 1, 1, "dualpipe_v"),
+    ZeroCase(1, 2, 1, zero_stage=3),
+    pytest.param(ZeroCase(2, 2, 1, zero_stage=1), marks=pytest.mark.full),
 ]
 
 

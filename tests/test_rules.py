@@ -29,6 +29,7 @@ AXES = {"parallel.tensor", "parallel.expert", "parallel.data", "parallel.pipelin
 
 DOORS = {
     "datasets": {"trainer/corpus.py"},
+    "deepspeed": {"trainer/zero.py"},
     "huggingface_hub": {"trainer/model.py", "trainer/model_config.py"},
     "matplotlib": {"trainer/timeline.py"},
     "pydantic": {"trainer/recipe.py"},
@@ -61,7 +62,7 @@ DOORS = {
 }
 """The only files that may name a library or a call; everything else goes through them."""
 
-HEAVY = {"torch", "transformers", "ray", "datasets", "wandb", "trackio", "matplotlib"}
+HEAVY = {"torch", "transformers", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from cuboid.parallel.data import apply_data_parallel
 from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
 from cuboid.parallel.gradients import TiedWeights
+from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.pipeline import Pipeline
@@ -17,7 +20,7 @@ from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
-from cuboid.trainer.engine import NativeEngine
+from cuboid.trainer.engine import Engine, NativeEngine
 from cuboid.trainer.model import (
     DTYPES,
     Blueprint,
@@ -34,32 +37,39 @@ from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 
-def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> NativeEngine:
+def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Engine:
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
     experts = _experts(recipe, block, blueprint)
     stages = build_stages(recipe, block, blueprint, weights, experts)
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
-    # after the values: the optimizer works on views of the final shards
-    optimizer = ShardedAdamW(parameters, recipe.optimizer)
     loss = SummedCrossEntropy(block.mesh["tensor"].get_group())
-    pipeline = Pipeline(
-        dict(zip(_stage_indices(recipe, block), stages, strict=True)),
-        schedule=recipe.parallel.schedule,
-        microbatches=recipe.parallel.microbatches,
-        group=block.mesh["pipeline"].get_group(),
-        loss=loss,
-        **_microbatch_shapes(recipe, blueprint, block),
-    )
+    numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    if recipe.parallel.engine == "deepspeed":
+        os.environ["DS_ACCELERATOR"] = block.device.type  # read when deepspeed is first imported
+        from cuboid.trainer.zero import ZeroEngine, divide
+
+        (index,) = numbered  # no schedule that it knows lays two on a rank
+        zero = divide(stages[0], parameters, tied, recipe, block)
+        return ZeroEngine(
+            block=block,
+            pipeline=_pipeline(recipe, block, blueprint, {index: zero}, loss),
+            loss=loss,
+            parameters=parameters,
+            tied=tied,
+            averaged_over=block.layout.data,
+            zero=zero,
+        )
     return NativeEngine(
         block=block,
-        pipeline=pipeline,
+        pipeline=_pipeline(recipe, block, blueprint, numbered, loss),
         loss=loss,
         parameters=parameters,
         experts=experts,
         tied=tied,
-        optimizer=optimizer,
+        # after the values: the optimizer works on views of the final shards
+        optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
     )
 
@@ -81,22 +91,27 @@ def build_stages(
         # before sharding, so that a layer's parameters are gathered once around its recomputation
         if settings.activation_checkpointing == "full":
             apply_activation_checkpointing(stage)
-        apply_data_parallel(
-            stage,
-            block.data_mesh,
-            experts=[module for _, _, module, _ in expert_modules(stage)],
-            expert_mesh=experts.mesh["expert_replica"] if experts else None,
-            shard=recipe.is_sharded,
-            reshard_after_forward=reshards_after_forward(recipe),
-            compute=blueprint.compute,
-            reduce=DTYPES[recipe.precision.reduce],
-        )
+        if settings.engine == "native":
+            apply_data_parallel(
+                stage,
+                block.data_mesh,
+                experts=[module for _, _, module, _ in expert_modules(stage)],
+                expert_mesh=experts.mesh["expert_replica"] if experts else None,
+                shard=recipe.is_sharded,
+                reshard_after_forward=reshards_after_forward(recipe),
+                compute=blueprint.compute,
+                reduce=DTYPES[recipe.precision.reduce],
+            )
         # only now memory: shards alone, on their device
         stage.to_empty(device=block.device)
         stage.tie()
         initialise_buffers(blueprint, stage)
         stages.append(stage)
     fill(named_parameters(stages), weights)
+    if settings.engine == "deepspeed":
+        # after the values, which find their place by the DTensors
+        for stage in stages:
+            localise(stage)
     return stages
 
 
@@ -163,6 +178,19 @@ def reshards_after_forward(recipe: Recipe) -> bool:
     """Under a pipeline many microbatches are in flight: gathering again for each backward would multiply traffic."""
     reshard = recipe.parallel.reshard
     return recipe.parallel.pipeline == 1 if reshard == "auto" else reshard
+
+
+def _pipeline(
+    recipe: Recipe, block: Block, blueprint: Blueprint, modules: Mapping[int, nn.Module], loss: SummedCrossEntropy
+) -> Pipeline:
+    return Pipeline(
+        modules,
+        schedule=recipe.parallel.schedule,
+        microbatches=recipe.parallel.microbatches,
+        group=block.mesh["pipeline"].get_group(),
+        loss=loss,
+        **_microbatch_shapes(recipe, blueprint, block),
+    )
 
 
 def _stage_indices(recipe: Recipe, block: Block) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *_shard_errors(recipe),
         *_batch_errors(recipe),
         *_schedule_errors(recipe),
+        *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *_length_errors(recipe),
         *_folder_errors(recipe),
         *_launch_errors(recipe),
@@ -259,6 +261,9 @@ def _expert_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
         if number % expert:
             remedy = f"use {one_of(divisors(gcd(count, ranks)))}"
             yield FieldError("parallel.expert", expert, f"does not divide {words}", remedy)
+    if recipe.parallel.engine == "deepspeed":
+        constraint = f"is not proven with the experts of this {family}"
+        yield FieldError("parallel.engine", "deepspeed", constraint, "use native")
     if recipe.parallel.tensor > 1 and not recipe.parallel.sequence:
         constraint = "gives all tensor ranks the same tokens, and each would send them to the experts"
         yield FieldError("parallel.sequence", "false", constraint, "use true, or parallel.tensor=1")

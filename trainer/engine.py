@@ -1,9 +1,13 @@
-"""The native engine: one exact optimizer step over the block of ranks."""
+"""What every engine shares of one exact optimizer step over the block of ranks, and the native engine.
+
+An engine differs from another in how gradients meet over the data axis and how parameters are updated.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,19 +51,50 @@ class StepResult:
 
 
 @dataclass(kw_only=True)
-class NativeEngine:
+class Engine(ABC):
     """Pipeline, gradients and update of this rank; ``parameters`` have global names."""
 
     block: Block
     pipeline: Pipeline
     loss: SummedCrossEntropy
     parameters: Sequence[tuple[str, nn.Parameter]]
-    experts: Experts | None
     tied: TiedWeights
-    optimizer: ShardedAdamW
-    clip_grad_norm: float | None
+    experts: Experts | None = None
+    """Of a model that has any."""
+    averaged_over: int = 1
+    """Ranks over which gradients are averaged and not summed: each rank's loss is that many times larger."""
     _own_loss: float = 0.0
     """This rank's share of the newest loss; 0 away from the last stage."""
+
+    @abstractmethod
+    def close_gradients(self) -> None:
+        """After the schedule: make the gradients of this data rank's samples those of the global batch."""
+
+    @abstractmethod
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the squared global gradient norm, float64: the sum over all ranks is the whole."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Between `backward` and `update`, of every parameter by global name, None where none came; plain or DTensor,
+        one after another, since one may have to be gathered. All ranks ask together."""
+
+    @abstractmethod
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of this rank by global name, like `gradients`."""
+
+    @abstractmethod
+    def update(self, result: StepResult, *, learning_rate: float) -> None:
+        """Clip by the global norm and step the optimizer."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds as tensors, by global name, plain or DTensor: names and placements are the
+        same at each call, and all ranks ask together. To load, fill them and hand them to `resume_at`."""
+
+    @abstractmethod
+    def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Go on after ``step`` updates with the values that were loaded into what `tensors` gave."""
 
     def step(self, batch: Batch, *, learning_rate: float, told: Sequence[float] = ()) -> StepResult:
         """One update from this data rank's share of the global batch.
@@ -82,26 +117,10 @@ class NativeEngine:
         """Loss, complete gradients and their global norm; nothing is updated."""
         tokens = self._count_tokens(batch.labels)
         # a batch without a single valid token has loss 0 and gradient 0
-        self.loss.num_valid_tokens = max(tokens, 1)
-        self._own_loss = self._through(self.pipeline.step, batch, tokens=tokens)
-        parameters = [parameter for _, parameter in self.parameters]
-        close_sums(parameters)
-        self.tied.sum_gradients()
-        return self._sum_over_block(parameters, tokens, told)
-
-    def update(self, result: StepResult, *, learning_rate: float) -> None:
-        """Clip by the global norm and step the optimizer."""
-        if self.clip_grad_norm is not None:
-            clip((p for _, p in self.parameters), norm=result.grad_norm, limit=self.clip_grad_norm)
-        self.optimizer.step(learning_rate)
-        self.tied.follow()
-        if self.experts and result.measures:
-            self.experts.rebalance(result.measures)
-
-    def resume_at(self, step: int) -> None:
-        """Go on after ``step`` updates with the values that were loaded into `tensors`."""
-        self.optimizer.set_step(step)
-        self.tied.follow()
+        self.loss.num_valid_tokens = max(tokens, 1) / self.averaged_over
+        self._own_loss = self._through(self.pipeline.step, batch, tokens=tokens) / self.averaged_over
+        self.close_gradients()
+        return self._sum_over_block(tokens, told)
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """(mean loss over the valid tokens of all data ranks, their number) of this data rank's ``batches``, as many on
@@ -115,13 +134,6 @@ class NativeEngine:
         sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.block.device) / self.block.layout.tensor
         dist.all_reduce(sums)
         return sums[0].item() / max(sums[1].item(), 1.0), round(sums[1].item())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds as tensors, by global name; loading writes into these."""
-        state = {f"model.{name}": parameter.detach() for name, parameter in self.parameters}
-        assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
-        beside = self.experts.tensors() if self.experts else {}
-        return state | beside | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 
     def _through(self, run: Callable[..., Tensor | None], batch: Batch, *, tokens: int | None = None) -> float:
         """This rank's share of the loss, 0 away from the last stage; ``run`` is the pipeline's step or evaluation.
@@ -143,15 +155,13 @@ class NativeEngine:
         dist.all_reduce(count, group=self.block.data_group)
         return int(count)
 
-    def _sum_over_block(self, parameters: Sequence[nn.Parameter], tokens: int, told: Sequence[float]) -> StepResult:
+    def _sum_over_block(self, tokens: int, told: Sequence[float]) -> StepResult:
         """One small exchange makes loss, squared norm and what is told the same numbers on every rank."""
-        layout = self.block.layout
-        counted = [p for p in parameters if p is not self.tied.second]
         # every tensor rank computed the same loss
-        shares = torch.tensor([self._own_loss / layout.tensor, 0.0, *told], dtype=torch.float64)
+        shares = torch.tensor([self._own_loss / self.block.layout.tensor, 0.0, *told], dtype=torch.float64)
         own_rows = self.experts.take() if self.experts else shares.new_zeros(0)
         shares = torch.cat([shares, own_rows]).to(self.block.device)
-        shares[1] = squared_norm(counted, layout.data * layout.tensor)
+        shares[1] = self.squared_norm()
         dist.all_reduce(shares)
         shares, rows = shares.cpu().split([2 + len(told), len(own_rows)])
         loss, squared, *sums = shares.tolist()
@@ -160,7 +170,7 @@ class NativeEngine:
 
     def _not_finite(self, result: StepResult) -> NotFinite:
         """Which rank it came from, the same words on every rank."""
-        bad = [name for name, p in self.parameters if p.grad is not None and not local(p.grad).isfinite().all()]
+        bad = [name for name, grad in self.gradients() if grad is not None and not local(grad).isfinite().all()]
         found: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
         dist.all_gather_object(found, (self._own_loss, bad[0] if bad else ""))
         layout = self.block.layout
@@ -171,3 +181,44 @@ class NativeEngine:
         gradients = [f"rank {rank} in {name}" for rank, (_, name) in enumerate(found) if name]
         where = f", first on {gradients[0]}" if gradients else ""
         return NotFinite(f"the gradient norm is {result.grad_norm}{where}", range(layout.data))
+
+
+@dataclass(kw_only=True)
+class NativeEngine(Engine):
+    """FSDP2 reduces the gradients, and AdamW updates the shards."""
+
+    optimizer: ShardedAdamW
+    clip_grad_norm: float | None
+
+    def close_gradients(self) -> None:
+        close_sums(parameter for _, parameter in self.parameters)
+        self.tied.sum_gradients()
+
+    def squared_norm(self) -> Tensor:
+        counted = [parameter for _, parameter in self.parameters if parameter is not self.tied.second]
+        return squared_norm(counted, self.block.layout.data * self.block.layout.tensor)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        return ((name, parameter.grad) for name, parameter in self.parameters)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach()) for name, parameter in self.parameters)
+
+    def update(self, result: StepResult, *, learning_rate: float) -> None:
+        if self.clip_grad_norm is not None:
+            clip((p for _, p in self.parameters), norm=result.grad_norm, limit=self.clip_grad_norm)
+        self.optimizer.step(learning_rate)
+        self.tied.follow()
+        if self.experts and result.measures:
+            self.experts.rebalance(result.measures)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The engine's own memory: what is loaded into it is in place."""
+        state = {f"model.{name}": weight for name, weight in self.weights()}
+        assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
+        beside = self.experts.tensors() if self.experts else {}
+        return state | beside | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+
+    def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        self.optimizer.set_step(step)
+        self.tied.follow()

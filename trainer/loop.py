@@ -19,7 +19,7 @@ from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Batch, Dataset, prepare
-from cuboid.trainer.engine import NativeEngine, NotFinite, StepResult
+from cuboid.trainer.engine import Engine, NotFinite, StepResult
 from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import config_of
@@ -50,7 +50,7 @@ class Run:
     dataset: Dataset
     held_out: Dataset | None
     """What evaluation reads."""
-    engine: NativeEngine
+    engine: Engine
     recorder: Recorder
     checkpointer: Checkpointer
     step: int = 0
@@ -140,7 +140,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     recorder.phase("data")
     engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
     recorder.phase("model")
-    versions = _versions() if block.rank == 0 else {}
+    versions = _versions(recipe) if block.rank == 0 else {}
     checkpointer = Checkpointer(
         folder / CHECKPOINTS,
         keep=recipe.checkpoint.keep,
@@ -197,9 +197,10 @@ def resume(run: Run) -> None:
     if stands_at != begins_at:
         words = f"{path.name} stands at sample {stands_at}, and the step after it begins with sample {begins_at}"
         raise UserError(f"{words}; start anew with --fresh")
-    load(path, run.engine.tensors())
+    tensors = run.engine.tensors()
+    load(path, tensors)
     run.step = run.saved = facts["step"]
-    run.engine.resume_at(run.step)
+    run.engine.resume_at(run.step, tensors)
     run.recorder.open(step=run.step, run_id=facts["run_id"])
 
 
@@ -248,8 +249,9 @@ def _same_on_every_rank(what: str, value: str) -> None:
             raise UserError(f"{what} differs: {values[0][:12]} on rank 0, {other[:12]} on rank {rank}")
 
 
-def _versions() -> dict[str, str]:
-    return {"cuboid": version(), **{name: metadata.version(name) for name in ("torch", "transformers")}}
+def _versions(recipe: Recipe) -> dict[str, str]:
+    names = ["torch", "transformers", *["deepspeed"] * (recipe.parallel.engine == "deepspeed")]
+    return {"cuboid": version(), **{name: metadata.version(name) for name in names}}
 
 
 def _seed(*parts: int) -> int:

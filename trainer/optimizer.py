@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cuboid.parallel.gradients import local
+from cuboid.parallel.local import Place
 from cuboid.trainer.recipe import OptimizerSettings
 
-_SLOTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""torch's names of AdamW's two moments, kept for every parameter."""
 _EMBEDDINGS = ("embed", "wte", "wpe")
 """Words by which models call their embeddings; the last two are GPT-2's, of tokens and of positions."""
 
@@ -32,30 +34,14 @@ class ShardedAdamW:
         self.parameters = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         # detached views share the shard's memory: an update of the view is the update of the parameter
         self._views = [local(parameter.detach()).requires_grad_() for _, parameter in self.parameters]
-        decayed = [is_decayed(name, parameter) for name, parameter in self.parameters]
-        groups = [
-            {
-                "params": [view for view, decay in zip(self._views, decayed, strict=True) if decay is wanted],
-                "weight_decay": settings.weight_decay if wanted else 0.0,
-            }
-            for wanted in (True, False)
-        ]
-        self._adamw = torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        for view in self._views:
-            # made now, so that a checkpoint can be loaded before the first step
-            self._adamw.state[view] = {slot: torch.zeros_like(view, requires_grad=False) for slot in _SLOTS}
+        names = [name for name, _ in self.parameters]
+        self._adamw = make_adamw(list(zip(names, self._views, strict=True)), settings)
+        make_moments(self._adamw, self._views)
         self.set_step(0)
 
     def set_step(self, step: int) -> None:
         """Say how many updates were made: the bias correction depends on it."""
-        for view in self._views:
-            self._adamw.state[view]["step"] = torch.tensor(float(step), device=view.device)
+        set_step(self._adamw, self._views, step)
 
     def step(self, learning_rate: float) -> None:
         """Update every parameter from its ``.grad`` and drop the gradients."""
@@ -70,23 +56,40 @@ class ShardedAdamW:
     def state(self) -> dict[str, Tensor]:
         """``<slot>.<parameter name>`` -> tensor placed like its parameter, sharing memory with the optimizer's own."""
         return {
-            f"{slot}.{name}": _placed_like(parameter, self._adamw.state[view][slot])
+            f"{slot}.{name}": Place.of(parameter).put(moment) if isinstance(parameter, DTensor) else moment
             for (name, parameter), view in zip(self.parameters, self._views, strict=True)
-            for slot in _SLOTS
+            for slot, moment in ((slot, self._adamw.state[view][slot]) for slot in MOMENTS)
         }
 
 
-def _placed_like(parameter: Tensor, shard: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+def make_adamw(named: Sequence[tuple[str, Tensor]], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over tensors by the name and with the dimensions of their parameters, which say what is decayed."""
+    groups = [
+        {
+            "params": [tensor for name, tensor in named if is_decayed(name, tensor) is wanted],
+            "weight_decay": settings.weight_decay if wanted else 0.0,
+        }
+        for wanted in (True, False)
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
     )
+
+
+def make_moments(adamw: torch.optim.AdamW, tensors: Iterable[Tensor]) -> None:
+    """Both moments as zeros, before the first step, so that a checkpoint can be loaded into them."""
+    for tensor in tensors:
+        adamw.state[tensor] = {slot: torch.zeros_like(tensor, requires_grad=False) for slot in MOMENTS}
+
+
+def set_step(adamw: torch.optim.AdamW, tensors: Iterable[Tensor], step: int) -> None:
+    """Say how many updates were made of ``tensors``: the bias correction depends on it."""
+    for tensor in tensors:
+        adamw.state[tensor]["step"] = torch.tensor(float(step), device=tensor.device)
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

@@ -169,12 +169,12 @@ class ParallelSettings(Settings):
     """true: parameters sharded over data (FSDP2); false: replicated; a number: sharded in groups of so many ranks."""
     reshard: Literal["auto"] | bool = "auto"
     """Free the gathered parameters after the forward; auto: as the schedule allows."""
-    engine: Annotated[Literal["native", "deepspeed"], Offered(("native",))] = "native"
-    """What runs data parallelism."""
-    zero_stage: Annotated[int | None, Offered((None,))] = None
-    """ZeRO stage of the deepspeed engine."""
-    offload: Annotated[Literal["cpu", "nvme"] | None, Offered((None,))] = None
-    """Where the deepspeed engine keeps optimizer state."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """What runs data parallelism: native is FSDP2, deepspeed is ZeRO (the extra cuboid[deepspeed])."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """What the deepspeed engine divides over data: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload: Annotated[Literal["cpu", "nvme"] | None, Offered((None, "cpu"))] = None
+    """Where the deepspeed engine keeps optimizer state and updates parameters; null: on the device."""
     activation_checkpointing: Annotated[Literal["none", "full", "selective"], Offered(("none", "full"))] = "none"
     """full: a layer keeps only its input and computes the rest again in the backward."""
     compile: Annotated[bool, Offered((False,))] = False

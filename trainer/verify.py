@@ -242,20 +242,20 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
             losses.append(_relative(result.loss, expected.losses[step - 1]))
             norms.append(_relative(result.grad_norm, expected.grad_norms[step - 1]))
             if step == 1:
-                for name, parameter in engine.parameters:
-                    if parameter.grad is None:
+                for name, gradient in engine.gradients():
+                    if gradient is None:
                         missing.append(name)
                     else:
                         wanted = expected.gradients[name]
                         gradients.append(
-                            (name, _relative_to((_whole(parameter.grad) - wanted).abs().max(), wanted.abs().max()))
+                            (name, _relative_to((_whole(gradient) - wanted).abs().max(), wanted.abs().max()))
                         )
             engine.update(
                 result, learning_rate=learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
             )
         updates = []
-        for name, parameter in engine.parameters:
-            moved = _whole(parameter.detach()) - expected.weights[name]
+        for name, weight in engine.weights():
+            moved = _whole(weight) - expected.weights[name]
             updates.append((name, _relative_to((moved - expected.updates[name]).norm(), expected.updates[name].norm())))
         found = Verdict(
             mesh=_mesh(recipe, blueprint),
@@ -296,7 +296,9 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
         f"{parallel.microbatches} microbatches",
         blueprint.config.model_type,
     ]
-    if recipe.layout.data > 1:
+    if parallel.engine == "deepspeed":
+        words.append(f"ZeRO stage {parallel.zero_stage}" + (f" on {parallel.offload}" if parallel.offload else ""))
+    elif recipe.layout.data > 1:
         groups = f" in groups of {parallel.shard}" if recipe.layout.replicas > 1 else ""
         words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
     if recipe.parallel.expert > 1:

@@ -1,0 +1,133 @@
+"""What the deepspeed engine cannot run is refused in words, before any process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from runs import recipe_on
+from typer.testing import CliRunner
+
+from cuboid.launch import cli
+from cuboid.trainer import check_engine
+from cuboid.trainer.check_engine import engine_errors
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    return {"engine": "deepspeed", "zero_stage": stage, **settings}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"zero_stage": 1}, "parallel.zero_stage=1 needs parallel.engine=deepspeed; use null, or that engine"),
+    ({"offload": "cpu"}, "parallel.offload=cpu needs parallel.engine=deepspeed; use null, or that engine"),
+    (
+        {"engine": "deepspeed"},
+        "parallel.zero_stage=null leaves open what the deepspeed engine divides; use 1, 2 or 3",
+    ),
+    (
+        {"engine": "deepspeed", "pipeline": 2},
+        "parallel.zero_stage=null leaves open what the deepspeed engine divides; use 1",
+    ),
+    *(
+        (
+            zero(stage, pipeline=2),
+            f"parallel.zero_stage={stage} divides gradients in every backward, which fails or hangs under "
+            "parallel.pipeline=2; use 1, or parallel.pipeline=1",
+        )
+        for stage in (2, 3)
+    ),
+    (
+        zero(1, expert=2),
+        "parallel.expert=2 is not proven with parallel.engine=deepspeed; use 1, or parallel.engine=native",
+    ),
+    *(
+        (
+            zero(1, shard=shard),
+            f"parallel.shard={words} is for the native engine; under deepspeed parallel.zero_stage says what is "
+            "divided; use true",
+        )
+        for shard, words in ((False, "false"), (2, "2"))
+    ),
+    (
+        zero(3, reshard=False),
+        "parallel.reshard=false is for the native engine; under deepspeed parallel.zero_stage says what is divided; "
+        "use auto",
+    ),
+    *(
+        (
+            zero(1, pipeline=2, schedule=schedule),
+            f"parallel.schedule={schedule} lays several stages on a rank, and the deepspeed engine runs one; use 1f1b "
+            "or gpipe",
+        )
+        for schedule in ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipe_v")
+    ),
+    (
+        zero(2, schedule="gpipe"),
+        "parallel.schedule=gpipe runs several backwards after one another, which parallel.zero_stage=2 cannot; "
+        "use 1f1b",
+    ),
+]
+
+
+@pytest.mark.parametrize(("parallel", "words"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_is_not_proven_is_refused(parallel: dict[str, Any], words: str) -> None:
+    recipe = recipe_on("1x4x1")
+    changed = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=parallel)})
+    assert [str(error) for error in engine_errors(changed, runs_here=True)] == [words]
+
+
+@pytest.mark.parametrize("field", ["compute", "reduce"])
+def test_bfloat16_is_refused(field: str) -> None:
+    recipe = recipe_on("1x2x1", **zero(1))
+    changed = recipe.model_copy(update={"precision": recipe.precision.model_copy(update={field: "bfloat16"})})
+    (error,) = engine_errors(changed, runs_here=True)
+    words = "is not proven with parallel.engine=deepspeed; use float32, or parallel.engine=native"
+    assert str(error) == f"precision.{field}=bfloat16 {words}"
+
+
+def test_a_missing_or_old_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_on("1x2x1", **zero(1))
+    monkeypatch.setattr(check_engine, "metadata", SimpleNamespace(version=lambda name: "0.19.2+cpu"))
+    (error,) = engine_errors(recipe, runs_here=True)
+    words = "finds deepspeed 0.19.2+cpu, which scales gradients wrongly; pip install 'deepspeed>=0.19.3', or use native"
+    assert str(error) == f"parallel.engine=deepspeed {words}"
+    monkeypatch.setattr(check_engine, "find_spec", lambda name: None)
+    (error,) = engine_errors(recipe, runs_here=True)
+    words = "needs the package deepspeed; pip install 'cuboid[deepspeed]', or use native"
+    assert str(error) == f"parallel.engine=deepspeed {words}"
+    assert not list(engine_errors(recipe, runs_here=False)), "a cluster's machines have their own packages"
+
+
+RECIPE = """\
+name: small
+model: {config: {model_type: llama, vocab_size: 264, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+                 num_attention_heads: 4, num_key_value_heads: 2, bos_token_id: null, eos_token_id: 256}}
+data: {kind: text, path: text.txt, tokenizer: bytes, sequence_length: 32}
+parallel: {data: 2, pipeline: 2, microbatches: 2, engine: deepspeed, zero_stage: 3}
+train: {steps: 3, global_batch: 8}
+track: {to: none}
+launch: {launcher: local, device: cpu}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "small.yaml:5: parallel.zero_stage=3 divides gradients in every backward"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage=4 is not 1 or 2 or 3 or null"),
+        (["parallel.offload=nvme"], "parallel.offload=nvme is not yet offered; use null or cpu"),
+    ],
+)
+def test_the_command_refuses_before_any_process(
+    overrides: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("All that is gold does not glitter. " * 99)
+    Path("small.yaml").write_text(RECIPE)
+    done = CliRunner().invoke(cli.app, ["train", "small.yaml", *overrides])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("runs").exists()

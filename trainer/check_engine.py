@@ -1,0 +1,86 @@
+"""What the deepspeed engine cannot run, in words. Imports no torch.
+
+It is offered where tests prove it exact; all else is refused, since much of it would go on in silence and be wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+
+from cuboid.parallel.errors import FieldError
+from cuboid.trainer.recipe import Recipe, written
+
+_OLDEST = (0, 19, 3)
+"""Before it DeepSpeed scaled gradients wrongly under a model-parallel group."""
+_SCHEDULES = ("1f1b", "gpipe")
+
+
+def engine_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
+    """Every field that does not go with the recipe's engine, with the values that do.
+
+    Args:
+        runs_here: ranks start on this machine, so that the package must be there.
+    """
+    settings = recipe.parallel
+    if settings.engine == "native":
+        for field in ("zero_stage", "offload"):
+            if (value := getattr(settings, field)) is not None:
+                yield FieldError(
+                    f"parallel.{field}", value, "needs parallel.engine=deepspeed", "use null, or that engine"
+                )
+        return
+    if runs_here:
+        yield from _package_errors()
+    if settings.zero_stage is None:
+        constraint = "leaves open what the deepspeed engine divides"
+        stages = "1" if settings.pipeline > 1 else "1, 2 or 3"
+        yield FieldError("parallel.zero_stage", "null", constraint, f"use {stages}")
+    yield from _mesh_errors(recipe)
+    yield from _schedule_errors(recipe)
+    for field in ("compute", "reduce"):
+        if (value := getattr(recipe.precision, field)) != "float32":
+            constraint = "is not proven with parallel.engine=deepspeed"
+            yield FieldError(f"precision.{field}", value, constraint, "use float32, or parallel.engine=native")
+
+
+def _package_errors() -> Iterator[FieldError]:
+    if find_spec("deepspeed") is None:
+        remedy = "pip install 'cuboid[deepspeed]', or use native"
+        yield FieldError("parallel.engine", "deepspeed", "needs the package deepspeed", remedy)
+        return
+    found = metadata.version("deepspeed")
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        constraint = f"finds deepspeed {found}, which scales gradients wrongly"
+        yield FieldError(
+            "parallel.engine", "deepspeed", constraint, f"pip install 'deepspeed>={oldest}', or use native"
+        )
+
+
+def _mesh_errors(recipe: Recipe) -> Iterator[FieldError]:
+    settings = recipe.parallel
+    if settings.pipeline > 1 and settings.zero_stage not in (None, 1):
+        constraint = (
+            f"divides gradients in every backward, which fails or hangs under parallel.pipeline={settings.pipeline}"
+        )
+        yield FieldError("parallel.zero_stage", settings.zero_stage, constraint, "use 1, or parallel.pipeline=1")
+    if settings.expert > 1:
+        constraint = "is not proven with parallel.engine=deepspeed"
+        yield FieldError("parallel.expert", settings.expert, constraint, "use 1, or parallel.engine=native")
+    for field, value, default in (("shard", settings.shard, True), ("reshard", settings.reshard, "auto")):
+        if value is not default and value != default:
+            constraint = "is for the native engine; under deepspeed parallel.zero_stage says what is divided"
+            yield FieldError(f"parallel.{field}", written(value), constraint, f"use {written(default)}")
+
+
+def _schedule_errors(recipe: Recipe) -> Iterator[FieldError]:
+    settings = recipe.parallel
+    if settings.schedule not in _SCHEDULES:
+        constraint = "lays several stages on a rank, and the deepspeed engine runs one"
+        yield FieldError("parallel.schedule", settings.schedule, constraint, "use 1f1b or gpipe")
+    if settings.schedule == "gpipe" and settings.zero_stage in (2, 3):
+        constraint = f"runs several backwards after one another, which parallel.zero_stage={settings.zero_stage} cannot"
+        yield FieldError("parallel.schedule", "gpipe", constraint, "use 1f1b")
