@@ -11,6 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
 
+PROVEN = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+"""Families that the project's tests prove on every mesh: docs/families.md."""
+USE_PROVEN = f"use a family that is proven: {', '.join(PROVEN)}"
 _PART_THAT_TAKES = {
     ("input_ids",): "embedding",
     ("inputs_embeds",): "dropout",
