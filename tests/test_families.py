@@ -18,11 +18,12 @@ from parity import FAMILIES, WITH_EXPERTS, Case, assert_same_numbers, difference
 from test_parity import assert_exact
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cuboid.parallel.errors import FieldError
+from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.stages import cut_stage
-from cuboid.trainer.families import PROVEN, check_family
-from cuboid.trainer.model import draw_blueprint, seeded_tensors, tensor_plan
+from cuboid.trainer.families import check_family
+from cuboid.trainer.model import draw_blueprint, initialise_buffers, seeded_tensors, tensor_plan
 from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.plans import PROVEN
 from cuboid.trainer.recipe import ModelSettings
 from cuboid.trainer.shrink import layer_kinds, shrink_config
 from cuboid.trainer.weights import from_safetensors
@@ -96,16 +97,16 @@ each comparison are read from a folder that `save_pretrained` wrote.
 BELOW = """\
 \\* Tensor ranks divide the weights and their matrix products; what stands between two of them (attention, Phi-3's gate)
 each rank computes whole, as transformers' own plan says: the published layout of the weights is kept, in which a rank's
-heads do not lie together.
+heads do not lie together, and OLMo 2's norms read all heads.
 
 Experts are divided over all data and tensor ranks of the mesh, balanced by losses and biases: [Experts](experts.md).
 
 Where a config's `vocab_size`, heads or widths do not divide by `parallel.tensor` (GPT-2's 50257), the check says so.
 
 ## Others
-Any other family is tried before a run starts, a proven one with your config's options too: a shrunk twin computes
+Every model is tried before a run starts, also a proven family's, whose config may turn more on: a shrunk twin computes
 logits through transformers and through stages, in milliseconds, and where they differ the recipe is refused. Families
-that pass so and are not in the table have not been trained here.
+that pass so and are not in the table are trained, and not proven.
 
 What is refused, for example:
 
@@ -133,7 +134,7 @@ def refusal(family: str, values: Mapping[str, Any]) -> str:
     with pytest.raises(FieldError) as told:
         check_family(read_checked_config(ModelSettings(config={"model_type": family, **values})))
     assert told.value.field == "model.model_type"
-    return told.value.constraint.partition(" (a small")[0]
+    return f"{told.value.constraint.partition(' (a small')[0]}; {told.value.remedy.partition(':')[0]}"
 
 
 def tensor_refusal(family: str) -> str:
@@ -142,7 +143,7 @@ def tensor_refusal(family: str) -> str:
     with pytest.raises(FieldError) as told:
         tensor_plan(draw_blueprint(config))
     assert told.value.field == "parallel.tensor"
-    return told.value.constraint
+    return f"{told.value.constraint}; {told.value.remedy}"
 
 
 def prove(case: Case, folder: Path) -> None:
@@ -248,6 +249,18 @@ def test_dropout_stands_where_the_family_has_it(family: str) -> None:
     torch.manual_seed(1)
     assert torch.allclose(stage(ids, position_ids=positions), expected, atol=1e-6)
     assert not torch.allclose(stage(ids, position_ids=positions), expected, atol=1e-2), "nothing is dropped"
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_nobody_sets_is_refused(persistent: bool) -> None:
+    blueprint = draw_blueprint(read_checked_config(Case(family="gemma2").recipe().model))
+    stage = cut_stage(blueprint.model, range(2), anatomy=blueprint.anatomy, masks=blueprint.masks)
+    stage.to_empty(device="cpu")
+    initialise_buffers(blueprint, stage)
+    assert stage.model.embed_tokens.embed_scale.item() == pytest.approx(32**0.5)
+    stage.layers["1"].mlp.register_buffer("scale", torch.ones(1), persistent=persistent)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp \(Gemma2MLP\) has buffers that cannot be rebuilt"):
+        initialise_buffers(blueprint, stage)
 
 
 def test_gpt2_starts_with_less_in_what_writes_into_the_residual_stream() -> None:

@@ -1,7 +1,7 @@
 """Whether a family's model is what its stages compute: a shrunk twin runs both ways before anything is trained.
 
-A family may have all of Llama's parts and still do something between them (scale embeddings, divide logits) that stages
-would leave out in silence.
+A family may have all known parts and still do something between them (scale embeddings, divide logits) that stages
+would leave out in silence; and a config may turn such a thing on.
 """
 
 from __future__ import annotations
@@ -14,26 +14,9 @@ import transformers
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.stages import cut_stage
 from cuboid.trainer.model import Blueprint, draw_blueprint, find_parts, whole_masks
+from cuboid.trainer.plans import USE_PROVEN
 from cuboid.trainer.shrink import layer_kinds, shrink_config
 
-PROVEN = (
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmoe",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
-"""Families that the project's own tests prove on every mesh: docs/families.md."""
 _TOLERANCE = 1e-4
 
 
@@ -46,14 +29,12 @@ def check_family(config: transformers.PretrainedConfig) -> None:
     except Exception as error:  # a family may fail in any way on a shape that it was not made for
         draw_blueprint(copy.deepcopy(config))  # which parts it has would be the better reason
         raise _refusal(config, f"cannot be tried on a small model ({error})") from error
-    if difference > _TOLERANCE:
+    if not difference <= _TOLERANCE:  # NaN neither
         raise _refusal(config, f"computes something that stages leave out (a small model differs by {difference:.1e})")
 
 
 def _refusal(config: transformers.PretrainedConfig, constraint: str) -> FieldError:
-    return FieldError(
-        "model.model_type", config.model_type, constraint, f"use a family that is proven: {', '.join(PROVEN)}"
-    )
+    return FieldError("model.model_type", config.model_type, constraint, USE_PROVEN)
 
 
 @torch.no_grad()

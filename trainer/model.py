@@ -17,7 +17,7 @@ from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.expert import choice
 from cuboid.parallel.stages import Anatomy, Costs, Masks
 from cuboid.parallel.tensor import Plan, Role, pattern
-from cuboid.trainer.plans import part_names, tensor_styles
+from cuboid.trainer.plans import USE_PROVEN, part_names, tensor_styles
 
 _ROLES = {
     "colwise": Role.COLUMN,
@@ -133,7 +133,7 @@ def find_parts(model: transformers.PreTrainedModel) -> Anatomy:
             "model.model_type",
             config.model_type,
             f"has parts that cannot be cut into stages yet: {', '.join([*sorted(strange), *sorted(unknown_kinds)])}",
-            "use a family that docs/families.md proves, such as llama or qwen3",
+            USE_PROVEN,
         )
     return replace(anatomy, experts=experts, router=router)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
+from cuboid.trainer.plans import USE_PROVEN
 from cuboid.trainer.recipe import ModelSettings, Recipe
 from cuboid.trainer.recipe_errors import nearest, shown
 
@@ -85,7 +86,7 @@ def _from_values(values: dict[str, Any]) -> PretrainedConfig:
     family = values["model_type"]
     if family not in CONFIG_MAPPING:
         guess = nearest(family, list(CONFIG_MAPPING))
-        remedy = f"did you mean {guess}?" if guess else "use a family of Llama's shape, such as llama or qwen3"
+        remedy = f"did you mean {guess}?" if guess else USE_PROVEN
         raise FieldError("model.config.model_type", family, "is not a family that transformers knows", remedy)
     if unknown := _unknown_keys(values, CONFIG_MAPPING[family]):
         raise UserErrors(unknown)

@@ -11,6 +11,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
 
+PROVEN = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmoe",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+"""Families that the project's tests prove on every mesh: docs/families.md."""
+USE_PROVEN = f"use a family that is proven: {', '.join(PROVEN)}"
 _PART_THAT_TAKES = {
     ("input_ids",): "embedding",
     ("inputs_embeds",): "dropout",
