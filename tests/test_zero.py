@@ -228,11 +228,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (("1x2x1", {}), ("2x2x1", zero(1))),
-        (("1x2x2", zero(3)), ("1x2x1", {})),
+        (("1x2x1", {}), ("1x2x1", zero(1))),
+        (("1x2x1", zero(3)), ("1x2x1", {})),
+        pytest.param(("1x2x1", {}), ("2x2x1", zero(1)), marks=pytest.mark.full),
+        pytest.param(("1x2x2", zero(3)), ("1x2x1", {}), marks=pytest.mark.full),
         pytest.param(("2x2x1", zero(1, offload="cpu")), ("1x2x1", zero(2)), marks=pytest.mark.full),
     ],
-    ids=["native to zero 1", "zero 3 to native", "zero 1 to zero 2"],
+    ids=[
+        "native to zero 1",
+        "zero 3 to native",
+        "native to zero 1 under a pipeline",
+        "zero 3 and tensor ranks to native",
+        "zero 1 to zero 2",
+    ],
 )
 def test_a_run_changes_its_engine_when_it_resumes(before: Any, after: Any, undisturbed: Path, tmp_path: Path) -> None:
     for steps, (mesh, parallel) in ((6, before), (STEPS, after)):
