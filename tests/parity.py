@@ -8,17 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import CLIP, EPS, FROZEN, GLOBAL_BATCH, LEARNING_RATE, STEPS, TOKENS, VOCABULARY, Case
 from harness import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from cuboid.parallel.gradients import local
 from cuboid.parallel.loss import IGNORE
@@ -27,7 +28,7 @@ from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import Engine
 from cuboid.trainer.model import draw_blueprint, whole_masks
-from cuboid.trainer.model_config import known_keys, read_checked_config
+from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.recipe import Recipe
@@ -35,154 +36,6 @@ from cuboid.trainer.weights import from_full
 
 # gathering a whole parameter to look at it is allowed to be slow
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-
-TOKENS, VOCABULARY, GLOBAL_BATCH, STEPS = 12, 96, 16, 3
-CLIP, LEARNING_RATE, EPS = 0.25, 1e-2, 1e-3
-"""Every step clips. A gradient's elements are about as large as eps: with a small one AdamW would be free of scale, and
-clipping too much or too little would leave no trace in the updates."""
-
-NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "smollm2": {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
-    "mistral": {"model_type": "mistral", "sliding_window": 5},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 4},
-    "gemma2": {
-        "model_type": "gemma2",
-        "head_dim": 4,
-        "query_pre_attn_scalar": 4,
-        "sliding_window": 5,
-        "attn_logit_softcapping": 1.0,
-        "final_logit_softcapping": 1.0,
-    },
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "head_dim": 4,
-        "query_pre_attn_scalar": 4,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        },
-    },
-    "phi3": {
-        "model_type": "phi3",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        "pad_token_id": None,
-    },
-    "smollm3": {"model_type": "smollm3", "pad_token_id": None},
-    "olmo2": {"model_type": "olmo2"},
-    "gpt_neox": {"model_type": "gpt_neox"},
-    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe",
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 12,
-        "norm_topk_prob": False,
-        "mlp_only_layers": [1],
-    },
-    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2} | NO_SPECIAL_TOKENS,
-    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4}
-    | NO_SPECIAL_TOKENS
-    | {"sliding_window": 5},
-}
-WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
-BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
-"""Large, so that a wrong gradient of theirs shows."""
-
-FROZEN: dict[str, tuple[str, ...]] = {
-    "nothing": (),
-    "leading": ("model.embed_tokens.*", "model.layers.[012].*"),
-    "middle": ("model.layers.[1234].*",),
-    "trailing": ("model.layers.[345].*", "model.norm.*", "lm_head.*"),
-    "norms": ("*norm*",),
-    "embedding": ("model.embed_tokens.*",),
-}
-"""Which parameters are not trained. A tied head goes with the embedding; `test_frozen` says which stages are whole."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A mesh with everything that may change its numbers."""
-
-    pipeline: int = 1
-    data: int = 1
-    tensor: int = 1
-    schedule: str = "1f1b"
-    family: str = "llama"
-    tied: bool = False
-    shard: bool = True
-    sequence: bool = True
-    activation_checkpointing: str = "none"
-    microbatches: int = 4
-    frozen: str = "nothing"
-    expert: int = 1
-    capacity_factor: float | None = None
-
-    def __str__(self) -> str:
-        words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
-        words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
-        words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
-        words += ["recomputed"] * (self.activation_checkpointing == "full")
-        return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
-
-    @property
-    def world_size(self) -> int:
-        return self.pipeline * self.data * self.tensor
-
-    def recipe(self) -> Recipe:
-        parallel = asdict(self)
-        config = model_config(parallel.pop("family"), parallel.pop("tied"))
-        parallel.pop("frozen")
-        parallel.pop("capacity_factor")
-        moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
-        return Recipe.model_validate(
-            {
-                "name": "parity",
-                "model": {"config": config},
-                "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
-                "parallel": parallel,
-                "moe": moe,
-                "optimizer": {
-                    "learning_rate": LEARNING_RATE,
-                    "eps": EPS,
-                    "clip_grad_norm": CLIP,
-                    "schedule": "constant",
-                },
-                "train": {"steps": STEPS, "global_batch": GLOBAL_BATCH},
-            }
-        )
-
-
-@dataclass(frozen=True)
-class ZeroCase(Case):
-    """A mesh on which DeepSpeed runs data parallelism."""
-
-    engine: str = "deepspeed"
-    zero_stage: int = 1
-    offload: str | None = None
-
-    def __str__(self) -> str:
-        return f"zero{self.zero_stage}-{super().__str__()}" + f"-{self.offload}" * bool(self.offload)
-
-
-def model_config(family: str, tied: bool) -> dict[str, Any]:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-    }
-    known = known_keys(CONFIG_MAPPING[FAMILIES[family]["model_type"]])
-    return {key: value for key, value in sizes.items() if key in known} | FAMILIES[family]
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import TOKENS, VOCABULARY, Case
 from harness import run_ranks
-from parity import TOKENS, VOCABULARY, Case
 
 from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble, initial_weights

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases import LEARNING_RATE, Case, ZeroCase
 from harness import run_ranks
-from parity import LEARNING_RATE, Case, Reference, ZeroCase, assembled, own_share, reference, relative
+from parity import Reference, assembled, own_share, reference, relative
 from runs import STEPS, losses, recipe_on, run
 
 from cuboid.trainer.runlog import read_metrics

@@ -8,7 +8,8 @@ from math import prod
 
 import pytest
 import torch
-from parity import GLOBAL_BATCH, WITH_EXPERTS, Case, Difference, assert_same_numbers, difference, reference
+from cases import GLOBAL_BATCH, WITH_EXPERTS, Case
+from parity import Difference, assert_same_numbers, difference, reference
 from transformers import AutoModelForCausalLM
 
 from cuboid.parallel.loss import IGNORE

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case, model_config
 from harness import run_ranks
-from parity import Case, model_config
 from safetensors import safe_open
 from stores import flip
 from transformers import AutoModelForCausalLM, AutoTokenizer

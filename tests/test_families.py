@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity import FAMILIES, WITH_EXPERTS, Case, assert_same_numbers, difference, reference
+from cases import FAMILIES, WITH_EXPERTS, Case
+from parity import assert_same_numbers, difference, reference
 from test_parity import assert_exact
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import FROZEN, LEARNING_RATE, Case
 from harness import run_ranks
 from parity import (
-    FROZEN,
-    LEARNING_RATE,
-    Case,
     Reference,
     assembled,
     assert_same_numbers,

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from cases import Case
 from harness import run_ranks
-from parity import Case
 
 from cuboid.parallel.layout import AXES, Layout
 from cuboid.parallel.mesh import connect

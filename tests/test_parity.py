@@ -10,19 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import GLOBAL_BATCH, TOKENS, VOCABULARY, Case, model_config
 from harness import RanksFailed, run_ranks
-from parity import (
-    GLOBAL_BATCH,
-    TOKENS,
-    VOCABULARY,
-    Case,
-    Difference,
-    assert_same_numbers,
-    compare,
-    difference,
-    model_config,
-    reference,
-)
+from parity import Difference, assert_same_numbers, compare, difference, reference
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Replicate

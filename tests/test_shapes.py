@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cases import Case
 from harness import run_ranks
-from parity import Case, assembled, backward, compare_gradients, make_batch, one_process, own_share, relative
+from parity import assembled, backward, compare_gradients, make_batch, one_process, own_share, relative
 
 from cuboid.parallel.pipeline import LENGTHS_KEPT
 from cuboid.trainer.check import virtual_stages

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import model_config
 from harness import run_ranks
-from parity import model_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuboid.launch import verify as verification

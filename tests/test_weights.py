@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from harness import run_ranks
-from parity import Case, full, pretrained
+from parity import full, pretrained
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 

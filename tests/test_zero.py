@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import GLOBAL_BATCH, LEARNING_RATE, ZeroCase
 from harness import run_ranks
-from parity import GLOBAL_BATCH, LEARNING_RATE, Reference, ZeroCase, compare, reference
+from parity import Reference, compare, reference
 from runs import STEPS, check_resumed, losses, recipe_on, run
 
-from cuboid.parallel import tensor
 from cuboid.parallel.gradients import local
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights
@@ -101,7 +101,7 @@ def test_gradients_that_need_several_buckets(zero_stage: int, monkeypatch: pytes
 
 def sums_left_open(patch: pytest.MonkeyPatch) -> None:
     """Each tensor rank takes a norm's gradient of its own tokens for the whole."""
-    patch.setattr(tensor.Place, "is_replicated", False)
+    patch.setattr(Place, "is_replicated", False)
 
 
 def copies_counted_twice(patch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def make_adamw(named: Sequence[tuple[str, Tensor]], settings: OptimizerSettings)
         for wanted in (True, False)
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [group for group in groups if group["params"]] or groups,  # none where all of a stage is frozen
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
