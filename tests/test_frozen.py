@@ -127,8 +127,9 @@ def save_after_a_step(case: Case, expected: Reference, folder: Path) -> None:
 def go_on(case: Case, expected: Reference, folder: Path) -> tuple[list[float], dict[str, float]]:
     """From other weights: relative errors of the later losses, and of each parameter's update (frozen: largest one)."""
     with assembled(case, {name: torch.zeros_like(weight) for name, weight in expected.weights.items()}) as engine:
-        load(folder / "step-00000001", engine.tensors())
-        engine.resume_at(1)
+        tensors = engine.tensors()
+        load(folder / "step-00000001", tensors)
+        engine.resume_at(1, tensors)
         losses = []
         for batch, loss in zip(expected.batches[1:], expected.losses[1:], strict=True):
             result = engine.backward(own_share(batch, engine.block))

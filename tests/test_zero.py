@@ -18,6 +18,7 @@ from parity import Reference, compare, reference
 from runs import STEPS, check_resumed, losses, recipe_on, run
 
 from cuboid.parallel.gradients import local
+from cuboid.parallel.local import Place
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.checkpoint import load

@@ -52,7 +52,7 @@ def divide(
     if tied.second is not None:
         # counts on the other stage
         tied.second.ds_pipe_replicated = True  # type: ignore[attr-defined]
-    # On CPU DeepSpeed would compile an operator, which takes half a minute and a compiler, for its inference alone.
+    # On CPU DeepSpeed would compile an operator, which takes a minute and a compiler, for its inference alone.
     deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # it calls torch's collectives by the names of torch 2.11
