@@ -217,8 +217,8 @@ def test_experts_compute_the_numbers_of_one_process(verify: Verify) -> None:
     ("plant", "words"),
     [
         (experts_frozen, "no gradient: model.layers.0.mlp.experts.down_proj"),
-        (balance_without_a_gradient, "mlp.gate.weight  <- too much"),
-        (experts_not_rebalanced, "<- too much"),
+        pytest.param(balance_without_a_gradient, "mlp.gate.weight  <- too much", marks=pytest.mark.full),
+        pytest.param(experts_not_rebalanced, "<- too much", marks=pytest.mark.full),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

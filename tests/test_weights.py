@@ -96,11 +96,11 @@ def test_safetensors_reach_the_shards_bit_for_bit(case: Case, folder: Path) -> N
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, 2, 1, family="mixtral", expert=2),
+        pytest.param(Case(1, 2, 1, family="mixtral", expert=2), marks=pytest.mark.full),
         Case(2, 2, 1, family="qwen3_moe"),
         Case(1, 2, 2, family="qwen3_moe", expert=2, shard=False),
-        Case(1, 4, 1, family="olmoe", expert=2),
-        Case(1, 2, 1, family="gpt_oss", expert=2),
+        pytest.param(Case(1, 4, 1, family="olmoe", expert=2), marks=pytest.mark.full),
+        pytest.param(Case(1, 2, 1, family="gpt_oss", expert=2), marks=pytest.mark.full),
     ],
     ids=str,
 )
