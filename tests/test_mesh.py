@@ -45,6 +45,7 @@ def time_outs() -> dict[str, float]:
         engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
         groups = {axis: block.mesh[axis].get_group() for axis in AXES}
         groups |= {"world": dist.group.WORLD, "tied": engine.tied.group}
+        dist.barrier()  # rank 0 holds the addresses: the others are still connecting their ends
         return {name: _time_out(group) for name, group in groups.items()}
 
 
