@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case
 from harness import run_ranks
+from parity import Case
 
 from cuboid.parallel.layout import AXES, Layout
 from cuboid.parallel.mesh import connect
@@ -45,7 +45,7 @@ def time_outs() -> dict[str, float]:
         engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
         groups = {axis: block.mesh[axis].get_group() for axis in AXES}
         groups |= {"world": dist.group.WORLD, "tied": engine.tied.group}
-        dist.barrier()  # rank 0 holds the store by which the others may still be making theirs
+        dist.barrier()  # rank 0 holds the addresses: the others are still connecting their ends
         return {name: _time_out(group) for name, group in groups.items()}
 
 
