@@ -1,6 +1,6 @@
 """A hand-written loop on torch alone: what a careful engineer writes for one mesh without cuboid. The benchmark's peer.
 
-Stock parallel styles, FSDP2, torch's 1F1B, AdamW and clipping; no recipe, no records, no measured bubble.
+Stock parallel styles, FSDP2, torch's pipeline schedules, AdamW and clipping; no recipe, no records, no measured bubble.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -29,14 +30,14 @@ from transformers.masking_utils import create_causal_mask
 
 
 class Part(nn.Module):
-    """The layers of one pipeline rank."""
+    """The layers of one stage."""
 
-    def __init__(self, model: LlamaForCausalLM, rank: int, ranks: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, stage: int, stages: int) -> None:
         super().__init__()
-        self.config, self.first, self.last = model.config, rank == 0, rank == ranks - 1
-        share = model.config.num_hidden_layers // ranks
+        self.config, self.first, self.last = model.config, stage == 0, stage == stages - 1
+        share = model.config.num_hidden_layers // stages
         self.embed_tokens = model.model.embed_tokens if self.first else None
-        self.layers = model.model.layers[rank * share : (rank + 1) * share]
+        self.layers = model.model.layers[stage * share : (stage + 1) * share]
         self.rotary_emb = model.model.rotary_emb
         self.norm = model.model.norm if self.last else None
         self.lm_head = model.lm_head if self.last else None
@@ -84,43 +85,73 @@ def divide(part: Part, mesh: DeviceMesh) -> None:
     parallelize_module(part, mesh, plan)
 
 
+def shard(part: Part, mesh: DeviceMesh, *, reshard: bool) -> None:
+    """FSDP2, layer by layer; gradients are summed."""
+    for module in (*part.layers, part):
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def stages_of(schedule: str, rank: int, ranks: int) -> tuple[list[int], int]:
+    """The stages of a pipeline rank under torch's schedule of this name, and how many there are in all."""
+    if schedule in ("GPipe", "1F1B"):
+        return [rank], ranks
+    if schedule in ("ZBVZeroBubble", "DualPipeV"):
+        return [rank, 2 * ranks - 1 - rank], 2 * ranks
+    return [rank, rank + ranks], 2 * ranks
+
+
 class BareLoop:
     """``step(ids, labels, positions) -> (loss on the last stage, global gradient norm)``; tensors of this data rank."""
 
-    def __init__(self, model: LlamaForCausalLM, mesh: DeviceMesh, *, microbatches: int, shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        mesh: DeviceMesh,
+        *,
+        microbatches: int,
+        shape: tuple[int, int],
+        schedule: str = "1F1B",
+    ) -> None:
         self.mesh, self.microbatches = mesh, microbatches
         pipeline, tensor = mesh["pipeline"], mesh["tensor"]
-        self.part = Part(model, pipeline.get_local_rank(), pipeline.size())
-        if tensor.size() > 1:
-            divide(self.part, tensor)
-        if mesh["data"].size() > 1:
-            reshard = pipeline.size() == 1
-            for module in (*self.part.layers, self.part):
-                fully_shard(module, mesh=mesh["data"], reshard_after_forward=reshard)
-            for module in self.part.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_gradient_divide_factor(1.0)
-                    module.set_force_sum_reduction_for_comms(True)
-        self.schedule = self._schedule(model.config, pipeline, shape) if pipeline.size() > 1 else None
-        self.optimizer = torch.optim.AdamW(self.part.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        numbers, stages = stages_of(schedule, pipeline.get_local_rank(), pipeline.size())
+        self.parts = {number: Part(model, number, stages) for number in numbers}
+        for part in self.parts.values():
+            if tensor.size() > 1:
+                divide(part, tensor)
+            if mesh["data"].size() > 1:
+                shard(part, mesh["data"], reshard=pipeline.size() == 1)
+        self.first, self.last = 0 in numbers, stages - 1 in numbers
+        self.schedule = self._schedule(schedule, stages, model.config, shape) if pipeline.size() > 1 else None
+        self.parameters = [parameter for part in self.parts.values() for parameter in part.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
         self.tokens = 1
 
-    def _schedule(self, config: Any, pipeline: DeviceMesh, shape: tuple[int, int]) -> Schedule1F1B:
+    def _schedule(self, name: str, num_stages: int, config: Any, shape: tuple[int, int]) -> Any:
         batch, length = shape
         local = length // self.mesh["tensor"].size()
         hidden = torch.empty(batch, local, config.hidden_size, device="meta", requires_grad=True)
         ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
         logits = torch.empty(batch, length, config.vocab_size, device="meta")
-        stage = PipelineStage(
-            self.part,
-            pipeline.get_local_rank(),
-            pipeline.size(),
-            torch.device("cpu"),
-            input_args=ids if self.part.first else hidden,
-            output_args=logits if self.part.last else hidden,
-            group=pipeline.get_group(),
-        )
-        return Schedule1F1B(stage, self.microbatches, loss_fn=self._loss, scale_grads=False)
+        stages = [
+            PipelineStage(
+                part,
+                number,
+                num_stages,
+                torch.device("cpu"),
+                input_args=ids if part.first else hidden,
+                output_args=logits if part.last else hidden,
+                group=self.mesh["pipeline"].get_group(),
+            )
+            for number, part in self.parts.items()
+        ]
+        kind = get_schedule_class(name)
+        of_rank = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
+        return kind(of_rank, self.microbatches, loss_fn=self._loss, scale_grads=False)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / self.tokens
@@ -133,8 +164,8 @@ class BareLoop:
         with loss_parallel() if self.mesh["tensor"].size() > 1 else nullcontext():
             if self.schedule is not None:
                 self.schedule.step(
-                    *((ids,) if self.part.first else ()),
-                    target=labels if self.part.last else None,
+                    *((ids,) if self.first else ()),
+                    target=labels if self.last else None,
                     losses=losses,
                     return_outputs=False,
                     position_ids=positions,
@@ -144,34 +175,34 @@ class BareLoop:
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not self.part.last:
+        if not self.last:
             return None, norm
         loss = torch.stack([_full(loss.detach()) for loss in losses]).sum()
         dist.all_reduce(loss, group=self.mesh["data"].get_group())
         return loss.item(), norm
 
     def _accumulate(self, ids: Tensor, labels: Tensor, positions: Tensor, losses: list[Tensor]) -> None:
+        (part,) = self.parts.values()
         chunks = zip(*(tensor.chunk(self.microbatches) for tensor in (ids, labels, positions)), strict=True)
         for index, (x, y, where) in enumerate(chunks):
-            if isinstance(self.part, FSDPModule):
+            if isinstance(part, FSDPModule):
                 last = index == self.microbatches - 1
-                self.part.set_is_last_backward(last)
-                self.part.set_requires_gradient_sync(last)
-            loss = self._loss(self.part(x, position_ids=where), y)
+                part.set_is_last_backward(last)
+                part.set_requires_gradient_sync(last)
+            loss = self._loss(part(x, position_ids=where), y)
             loss.backward()
             losses.append(loss)
 
     def _clip(self) -> float:
-        parameters = list(self.part.parameters())
-        for parameter in parameters:
+        for parameter in self.parameters:
             grad = parameter.grad
             if isinstance(grad, DTensor) and grad.placements != parameter.placements:
                 parameter.grad = grad.redistribute(placements=parameter.placements)
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
         squared = _full(norm) ** 2
         dist.all_reduce(squared, group=self.mesh["pipeline"].get_group())
         total = squared.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, total)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, total)
         return total.item()
 
 

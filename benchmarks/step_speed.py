@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,19 +27,28 @@ from bare_loop import BareLoop
 from harness import run_ranks
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from cuboid.parallel.mesh import connect
-from cuboid.trainer.loop import Run, set_up, train_step
+from cuboid.parallel.mesh import Block, connect
+from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.loop import set_up, train_step
 from cuboid.trainer.model import draw_blueprint, seeded_tensors
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.recipe import Recipe
 
 MESHES = ("1x2x1", "1x1x2", "2x1x1", "2x2x1", "2x2x2")
 CONTESTANTS = ("cuboid", "bare A", "bare A'")
+HEADS = (
+    *(f"{who} {what}" for who in ("cuboid", "bare") for what in ("tokens/s", "CPU ms/token")),
+    "tokens/s, cuboid : bare",
+    "A : A'",
+    "CPU, bare : cuboid",
+    "A : A'",
+)
 WARM_UP = 3
 """Steps of each contestant whose losses and norms are compared, before any is timed."""
 
 
-def recipe_of(mesh: str, steps: int) -> Recipe:
+def recipe_of(mesh: str, steps: int, **parallel: object) -> Recipe:
+    """``parallel`` has further keys of this part."""
     pipeline, data, tensor = (int(size) for size in mesh.split("x"))
     config = {
         "model_type": "llama",
@@ -55,7 +64,7 @@ def recipe_of(mesh: str, steps: int) -> Recipe:
             "name": "speed",
             "model": {"config": config},
             "data": {"kind": "text", "path": "package:stdlib", "sequence_length": 256},
-            "parallel": {"pipeline": pipeline, "data": data, "tensor": tensor, "microbatches": 4},
+            "parallel": {"pipeline": pipeline, "data": data, "tensor": tensor, "microbatches": 4, **parallel},
             "optimizer": {"learning_rate": 3e-4, "schedule": "constant"},
             "train": {"steps": steps, "global_batch": 8},
             "checkpoint": {"every": 0},
@@ -65,23 +74,24 @@ def recipe_of(mesh: str, steps: int) -> Recipe:
     )
 
 
-def bare_loop(run: Run) -> BareLoop:
-    recipe = run.recipe
+def bare_loop(recipe: Recipe, block: Block) -> BareLoop:
     blueprint = draw_blueprint(read_checked_config(recipe.model))
     read = seeded_tensors(blueprint, seed=recipe.seed)
     model = AutoModelForCausalLM.from_config(blueprint.config, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM)
     model.load_state_dict({name: read(name) for name, _ in model.named_parameters()})
     shape = (recipe.batch_plan.microbatch_size, recipe.data.sequence_length)
-    return BareLoop(model.train(), run.block.mesh, microbatches=recipe.parallel.microbatches, shape=shape)
+    schedule = SCHEDULES[recipe.parallel.schedule].torch_name
+    return BareLoop(
+        model.train(), block.mesh, microbatches=recipe.parallel.microbatches, shape=shape, schedule=schedule
+    )
 
 
-def measure(mesh: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure(recipe: Recipe, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """In every rank: (wall, CPU) seconds of each step of each contestant; CPU is summed over ranks."""
-    recipe = recipe_of(mesh, 10**6)
     folder = Path(tempfile.mkdtemp()) if os.environ["RANK"] == "0" else Path(tempfile.gettempdir())
     with connect(recipe.layout, timeout_seconds=120) as block, set_up(recipe, folder, block) as run:
-        bare = {name: bare_loop(run) for name in CONTESTANTS[1:]}
+        bare = {name: bare_loop(recipe, block) for name in CONTESTANTS[1:]}
 
         def step(name: str, number: int) -> tuple[float | None, float]:
             """Step ``number`` by one contestant: loss where it is known, and gradient norm."""
@@ -122,21 +132,22 @@ def compare_numbers(step: Callable[[str, int], tuple[float | None, float]]) -> N
             assert abs(bare_norm - norm) < 2e-4 * norm, (name, bare_norm, norm)
 
 
-def report(mesh: str, seconds: dict[str, list[tuple[float, float]]]) -> str:
+def figures(seconds: dict[str, list[tuple[float, float]]]) -> list[str]:
+    """The cells of a row: tokens/s and CPU ms a token of cuboid and of the bare loop, and the ratios."""
     tokens = 8 * 256
 
     def ratio(first: str, second: str, column: int) -> float:
         pairs = zip(seconds[first], seconds[second], strict=True)
         return statistics.median(a[column] / b[column] for a, b in pairs)
 
-    cells = [mesh]
+    cells = []
     for name in CONTESTANTS[:2]:
         wall = statistics.median(wall for wall, _ in seconds[name])
         cpu = statistics.median(cpu for _, cpu in seconds[name])
         cells += [f"{tokens / wall:.0f}", f"{1e3 * cpu / tokens:.3f}"]
     for column in (0, 1):
         cells += [f"{ratio('bare A', 'cuboid', column):.2f}", f"{ratio('bare A', CONTESTANTS[2], column):.2f}"]
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def main() -> None:
@@ -144,14 +155,16 @@ def main() -> None:
     parser.add_argument("meshes", nargs="*", default=MESHES, metavar="MESH")
     parser.add_argument("--rounds", type=int, default=12)
     arguments = parser.parse_args()
-    columns = ("tokens/s", "CPU ms/token")
-    heads = ["mesh", *(f"{who} {what}" for who in ("cuboid", "bare") for what in columns)]
-    heads += ["tokens/s, cuboid : bare", "A : A'", "CPU, bare : cuboid", "A : A'"]
-    print("| " + " | ".join(heads) + " |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(row(["mesh", *HEADS]))
+    print(row(["---"] * (1 + len(HEADS))))
     for mesh in arguments.meshes:
-        ranks = run_ranks(measure, recipe_of(mesh, 1).layout.world_size, mesh, arguments.rounds, timeout=580)
-        print(report(mesh, ranks[0]), flush=True)
+        recipe = recipe_of(mesh, 10**6)
+        ranks = run_ranks(measure, recipe.layout.world_size, recipe, arguments.rounds, timeout=580)
+        print(row([mesh, *figures(ranks[0])]), flush=True)
+
+
+def row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from cuboid.parallel.schedules import SCHEDULES, Action
 T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-LENGTHS_KEPT = 4
-"""So many lengths of sequence, the newest ones, stay ready to run: each holds the buffers of a step's messages. To make
-one ready again takes about a millisecond."""
+READY_KEPT = 4
+"""So many lengths of sequence, the newest ones and each of steps or of evaluation, stay ready to run: each holds the
+buffers of a step's messages. To make one ready again takes about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,8 @@ class Pipeline:
         self.timer = Timer(_device(modules))
         self._kind = get_schedule_class(SCHEDULES[schedule].torch_name)
         self._group, self._loss, self._boundary, self._logits = group, loss, boundary, logits
-        self._ready: dict[int, _Ready] = {}
+        self._ready: dict[tuple[int, bool], _Ready] = {}
+        """By length and whether there is a backward: torch 2.11 cannot go from evaluation to steps."""
         self.entered_seconds = 0.0
 
     def step(self, input_ids: Tensor | None, targets: Tensor | None, **kwargs: Tensor) -> Tensor | None:
@@ -238,7 +239,8 @@ class Pipeline:
     def _run(
         self, input_ids: Tensor | None, targets: Tensor | None, kwargs: Mapping[str, Tensor], *, backward: bool
     ) -> Tensor | None:
-        ready = self._ready_for(self._length({"input_ids": input_ids, "targets": targets, **kwargs}))
+        length = self._length({"input_ids": input_ids, "targets": targets, **kwargs})
+        ready = self._ready_for(length, backward)
         losses: list[Tensor] = []
         call: Callable[..., Any] = ready.schedule.step if backward else ready.schedule.eval
         call(
@@ -265,11 +267,11 @@ class Pipeline:
         assert length % ranks == 0, f"{length} tokens cannot be divided among {ranks} tensor ranks"
         return length
 
-    def _ready_for(self, length: int) -> _Ready:
+    def _ready_for(self, length: int, backward: bool) -> _Ready:
         """Every rank of a pipeline sees the same lengths, so that all make and drop theirs in the same step."""
-        ready = self._ready.pop(length, None) or self._make_ready(length)
-        self._ready[length] = ready
-        if len(self._ready) > LENGTHS_KEPT:
+        ready = self._ready.pop((length, backward), None) or self._make_ready(length)
+        self._ready[length, backward] = ready
+        if len(self._ready) > READY_KEPT:
             del self._ready[next(iter(self._ready))]  # the one not used for longest
         return ready
 
