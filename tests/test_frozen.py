@@ -93,7 +93,7 @@ def thawed_by_tensor_parallelism(patch: pytest.MonkeyPatch) -> None:
 
 
 def inputs_of_stages_without_gradient(patch: pytest.MonkeyPatch) -> None:
-    """As torch takes them where the example, or a frozen stage before, asks for none: `NOTES` of the field."""
+    """As torch takes them where the example, or a frozen stage before, asks for none."""
     retrieve = pipeline.TimedStage._retrieve_recv_activations
 
     def cold(self: pipeline.TimedStage, microbatch: int) -> tuple[torch.Tensor, ...]:
