@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import GLOBAL_BATCH, LEARNING_RATE, ZeroCase
 from harness import run_ranks
-from parity import Reference, compare, reference
+from parity import Reference, assert_same_numbers, compare, difference, reference
 from runs import STEPS, check_resumed, losses, recipe_on, run
 
 from cuboid.parallel.gradients import local
@@ -65,30 +65,15 @@ MORE_CELLS = [
 ]
 
 
-def assert_exact(case: ZeroCase) -> None:
-    """As in test_parity, with the same tolerances."""
-    expected = reference(case.family, case.tied)
-    ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
-    assert set().union(*(rank.seen for rank in ranks)) == set(expected.gradients)
-    for rank in ranks:
-        assert not rank.missing, rank.missing
-        assert rank.gradient <= 1e-5, rank
-        assert rank.update <= 2e-4, rank
-        for loss, tolerance in zip(rank.losses, (1e-6, 1e-5, 1e-5), strict=True):
-            assert loss <= tolerance, rank
-        for norm, tolerance in zip(rank.grad_norms, (1e-5, 1e-4, 1e-4), strict=True):
-            assert norm <= tolerance, rank
-
-
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_mesh_equals_one_process(case: ZeroCase) -> None:
-    assert_exact(case)
+    assert_same_numbers(case, difference(case))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", MORE_CELLS, ids=str)
 def test_every_cell_equals_one_process(case: ZeroCase) -> None:
-    assert_exact(case)
+    assert_same_numbers(case, difference(case))
 
 
 @pytest.mark.full
@@ -97,7 +82,8 @@ def test_gradients_that_need_several_buckets(zero_stage: int, monkeypatch: pytes
     from cuboid.trainer import zero
 
     monkeypatch.setattr(zero, "_BUCKET_ELEMENTS", 2000)
-    assert_exact(ZeroCase(1, 2, 2, zero_stage=zero_stage))
+    case = ZeroCase(1, 2, 2, zero_stage=zero_stage)
+    assert_same_numbers(case, difference(case))
 
 
 def sums_left_open(patch: pytest.MonkeyPatch) -> None:
