@@ -21,10 +21,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from cuboid.parallel.data import replicate
 from cuboid.parallel.gradients import local
 from cuboid.parallel.layout import Layout
-from cuboid.parallel.mesh import Block
+from cuboid.parallel.mesh import Block, connect
+from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.checkpoint import Checkpointer
 from cuboid.trainer.manifest import MANIFEST, FileRecord, Manifest, encode_manifest
+from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model_config import config_of
 from cuboid.trainer.publish import write_json
+from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import owned_slices
 
 NUM_LAYERS = 6
@@ -160,3 +164,14 @@ def _like(parameter: Tensor) -> Tensor:
 
 def _expected(name: str, tensor: Tensor, generation: int) -> Tensor:
     return value(f"{name}/{generation}", tuple(tensor.shape), tensor.dtype)[owned_slices(tensor)]
+
+
+def save_first_weights(recipe: Recipe, folder: Path) -> None:
+    """In every rank: a checkpoint of a real model, before its first step."""
+    with connect(recipe.layout, timeout_seconds=60) as block:
+        config = config_of(recipe)
+        blueprint = draw_blueprint(config)
+        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        facts = {"recipe": recipe.model_dump(mode="json"), "model_config": config.to_dict()}
+        with Checkpointer(folder / "checkpoints", keep=1, asynchronous=True) as checkpointer:
+            checkpointer.save(1, engine.tensors(), facts)

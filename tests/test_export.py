@@ -10,19 +10,15 @@ import torch
 from cases import Case, model_config
 from harness import run_ranks
 from safetensors import safe_open
-from stores import flip
+from stores import flip, save_first_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cuboid.launch import cli
 from cuboid.parallel.errors import RunFailed, UserError
-from cuboid.parallel.mesh import connect
 from cuboid.trainer import export
-from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.checkpoint import Checkpointer
 from cuboid.trainer.export import export_hf
-from cuboid.trainer.model import draw_blueprint
-from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.tokenizer import ByteTokenizer
 
 
@@ -92,17 +88,6 @@ def test_a_pretrained_tokenizer_travels_along(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc")["input_ids"] == [97, 98, 99]
 
 
-def save_from_ranks(case: Case, folder: Path) -> None:
-    recipe = case.recipe()
-    with connect(recipe.layout, timeout_seconds=60) as block:
-        config = read_checked_config(recipe.model)
-        blueprint = draw_blueprint(config)
-        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
-        facts = {"recipe": recipe.model_dump(mode="json"), "model_config": config.to_dict()}
-        with Checkpointer(folder / "checkpoints", keep=1, asynchronous=True) as checkpointer:
-            checkpointer.save(1, engine.tensors(), facts)
-
-
 @pytest.mark.parametrize(
     ("family", "stored"),
     [
@@ -127,7 +112,7 @@ def test_experts_are_stored_as_their_family_does(tmp_path: Path, family: str, st
 
 def test_biases_that_the_format_has_no_place_for_are_told(tmp_path: Path) -> None:
     case = Case(1, 2, 1, family="mixtral", expert=2)
-    run_ranks(save_from_ranks, 2, case, tmp_path)
+    run_ranks(save_first_weights, 2, case.recipe(), tmp_path)
     done = CliRunner().invoke(cli.app, ["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "left out: 6 biases of routers (moe.bias_update), for which the format has no place" in done.output
@@ -144,8 +129,9 @@ def test_biases_that_the_format_has_no_place_for_are_told(tmp_path: Path) -> Non
     ],
 )
 def test_every_mesh_exports_the_same_model(tmp_path: Path, family: str, tied: bool) -> None:
-    run_ranks(save_from_ranks, 8, Case(pipeline=2, data=2, tensor=2, family=family, tied=tied), tmp_path / "cube")
-    run_ranks(save_from_ranks, 1, Case(family=family, tied=tied), tmp_path / "one")
+    cube = Case(pipeline=2, data=2, tensor=2, family=family, tied=tied)
+    run_ranks(save_first_weights, 8, cube.recipe(), tmp_path / "cube")
+    run_ranks(save_first_weights, 1, Case(family=family, tied=tied).recipe(), tmp_path / "one")
     first, second = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "out")
         for name in ("cube", "one")

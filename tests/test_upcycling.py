@@ -9,15 +9,12 @@ import pytest
 import torch
 from cases import model_config
 from harness import run_ranks
+from stores import save_first_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuboid.launch import verify as verification
 from cuboid.parallel.errors import FieldError, UserError
-from cuboid.parallel.mesh import connect
-from cuboid.trainer.assemble import assemble, initial_weights
-from cuboid.trainer.checkpoint import Checkpointer
 from cuboid.trainer.export import export_hf
-from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.recipe import Recipe
 
@@ -49,17 +46,6 @@ def recipe_of(folder: Path, *, parallel: dict[str, Any], moe: dict[str, Any]) ->
     )
 
 
-def save(recipe: Recipe, folder: Path) -> None:
-    """In every rank: a checkpoint before the first step."""
-    with connect(recipe.layout, timeout_seconds=60) as block:
-        config = config_of(recipe)
-        blueprint = draw_blueprint(config)
-        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
-        facts = {"recipe": recipe.model_dump(mode="json"), "model_config": config.to_dict()}
-        with Checkpointer(folder / "checkpoints", keep=1, asynchronous=False) as checkpointer:
-            checkpointer.save(1, engine.tensors(), facts)
-
-
 @pytest.mark.parametrize(
     ("family", "made", "parallel"),
     [
@@ -73,7 +59,7 @@ def test_experts_give_what_the_dense_model_gave(
 ) -> None:
     model = dense(tmp_path / "dense", family)
     recipe = recipe_of(tmp_path / "dense", parallel=parallel, moe={"experts": 8, "top_k": 3})
-    run_ranks(save, recipe.layout.world_size, recipe, tmp_path, timeout=120)
+    run_ranks(save_first_weights, recipe.layout.world_size, recipe, tmp_path, timeout=120)
     assert export_hf(tmp_path, tmp_path / "out").difference == 0
     experts = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (experts.config.model_type, experts.config.num_experts_per_tok) == (made, 3)
