@@ -86,6 +86,7 @@ def build_stages(
         stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
         apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
+        # before sharding too: experts are sharded over other ranks than the rest
         if experts is not None:
             experts.divide(stage)
         # before sharding, so that a layer's parameters are gathered once around its recomputation
