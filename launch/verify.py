@@ -38,9 +38,9 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
         )
     from cuboid.trainer.verify import reference, run_mesh, small_recipe, verdict
 
-    recipe = small_recipe(original) if shrink else original
-    expected = reference(recipe, original)
     folder = Path(tempfile.mkdtemp(prefix="cuboid-verify-"))
+    recipe = small_recipe(original, folder) if shrink else original
+    expected = reference(recipe, original)
     code = local.launch(recipe, folder, train=partial(run_mesh, expected=expected), quiet=True)
     if code:
         return code  # what the ranks said stays in the folder, which the failure's words name

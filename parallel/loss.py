@@ -76,9 +76,10 @@ class SummedCrossEntropy:
         self.group, self.chunk_tokens = group, chunk_tokens
         self.num_valid_tokens: float = 0
 
-    def __call__(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of logits [B, T, v] and labels [B, T], a scalar."""
         assert self.num_valid_tokens > 0, "the step's token count must be set first"
         total = _VocabularyParallelCrossEntropy.apply(
-            logits_BTv.flatten(0, 1), labels_BT.flatten(), self.group, self.chunk_tokens
+            logits.flatten(0, 1), labels.flatten(), self.group, self.chunk_tokens
         )
         return total / self.num_valid_tokens

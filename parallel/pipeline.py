@@ -27,7 +27,8 @@ from torch.distributed.pipelining.schedules import (
 from cuboid.parallel.schedules import SCHEDULES, Action
 
 T = TypeVar("T")
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+Targets = Mapping[str, Tensor]
 
 READY_KEPT = 4
 """So many lengths of sequence, the newest ones and each of steps or of evaluation, stay ready to run: each holds the
@@ -178,7 +179,7 @@ class Pipeline:
             stage returns what ``loss`` takes. Modules may be wrapped by ``fully_shard`` or ``replicate``: gradients
             then pile up over the microbatches and are reduced once a step, in the action R. Parameters that need no
             gradient get none, on any stage.
-        loss: ``loss(output, targets) -> scalar`` of one microbatch, a sum (nothing is scaled here).
+        loss: ``loss(output, **targets) -> scalar`` of one microbatch, a sum (nothing is scaled here).
         group: the ranks of this pipeline, in the order of the pipeline axis; a group of 1 works too.
         boundary, logits: examples on ``meta`` of ONE microbatch: the hidden states [B, T_local, D] that travel between
             stages, and the last stage's output [B, T, ...]; token ids are int64 [B, T]. Shapes are static, so no
@@ -207,16 +208,19 @@ class Pipeline:
         self.timer = Timer(_device(modules))
         self._kind = get_schedule_class(SCHEDULES[schedule].torch_name)
         self._group, self._loss, self._boundary, self._logits = group, loss, boundary, logits
+        self._targets: Targets = {}
+        """Of the step that runs."""
         self._ready: dict[tuple[int, bool], _Ready] = {}
         """By length and whether there is a backward: torch 2.11 cannot go from evaluation to steps."""
         self.entered_seconds = 0.0
 
-    def step(self, input_ids: Tensor | None, targets: Tensor | None, **kwargs: Tensor) -> Tensor | None:
+    def step(self, input_ids: Tensor | None, targets: Targets | None, **kwargs: Tensor) -> Tensor | None:
         """Forward and backward of this data rank's whole share; gradients accumulate into ``.grad``.
 
-        ``input_ids`` [microbatches * B, T] is needed on the first stage's rank and ``targets`` on the last's; each of
-        ``kwargs`` goes to every stage of every rank, split by its first dimension like the ids. T may be another in
-        each step, the same on all ranks of the pipeline; what a rank is given tells it. Returns the sum of the
+        ``input_ids`` [microbatches * B, T] is needed on the first stage's rank and ``targets``, [microbatches * B, T,
+        ...] each, on the last's, where the loss takes them; each of ``kwargs`` goes to every stage of every rank, split
+        by its first dimension like the ids. T may be another in each step, the same on all ranks of the pipeline; what
+        a rank is given tells it. Returns the sum of the
         microbatch losses in float32, detached, on the last stage's rank, and None elsewhere. When it returns, no
         activation is held.
         """
@@ -225,7 +229,7 @@ class Pipeline:
         return self._run(input_ids, targets, kwargs, backward=True)
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor | None, targets: Tensor | None, **kwargs: Tensor) -> Tensor | None:
+    def evaluate(self, input_ids: Tensor | None, targets: Targets | None, **kwargs: Tensor) -> Tensor | None:
         """`step` without a backward: the sum of the microbatch losses, and nothing else changes."""
         for module in self.modules.values():
             module.eval()
@@ -237,21 +241,24 @@ class Pipeline:
                 module.train()
 
     def _run(
-        self, input_ids: Tensor | None, targets: Tensor | None, kwargs: Mapping[str, Tensor], *, backward: bool
+        self, input_ids: Tensor | None, targets: Targets | None, kwargs: Mapping[str, Tensor], *, backward: bool
     ) -> Tensor | None:
-        length = self._length({"input_ids": input_ids, "targets": targets, **kwargs})
+        self._targets = targets or {}
+        length = self._length({"input_ids": input_ids, **self._targets, **kwargs})
         ready = self._ready_for(length, backward)
         losses: list[Tensor] = []
         call: Callable[..., Any] = ready.schedule.step if backward else ready.schedule.eval
         call(
             *([input_ids] if self.is_first else []),
-            target=targets if self.is_last else None,
+            # torch splits one tensor into microbatches: the rows that `_timed_loss` takes of each target
+            target=torch.arange(self.rows) if self.is_last else None,
             losses=losses,
             return_outputs=False,
             **kwargs,
         )
         for stage in ready.stages:
             stage.clear_runtime_states()
+        self._targets = {}
         return torch.stack([loss.detach().float() for loss in losses]).sum() if self.is_last else None
 
     def _length(self, given: Mapping[str, Tensor | None]) -> int:
@@ -260,7 +267,7 @@ class Pipeline:
         rows = {name: len(tensor) for name, tensor in tensors.items()}
         # gloo aborts the whole process when a message has another size than the one waited for
         assert set(rows.values()) == {self.rows}, f"a step has {self.rows} sequences, not {rows}"
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.dim() > 1}
+        shapes = {name: tuple(tensor.shape[:2]) for name, tensor in tensors.items() if tensor.dim() > 1}
         (_, length), *others = set(shapes.values())
         assert not others, f"a step has sequences of one length, not {shapes}"
         ranks = self._logits.shape[1] // self._boundary.shape[1]
@@ -304,8 +311,10 @@ class Pipeline:
         """Every action of the newest step, in the order in which this rank ran them."""
         return self.timer.read()
 
-    def _timed_loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        return self.timer.prolong(lambda: self._loss(output, targets))
+    def _timed_loss(self, output: Tensor, rows: Tensor) -> Tensor:
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        targets = {name: target[part] for name, target in self._targets.items()}
+        return self.timer.prolong(lambda: self._loss(output, **targets))
 
 
 def _of_length(example: Tensor, length: int) -> Tensor:

@@ -68,6 +68,8 @@ WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 """Large, so that a wrong gradient of theirs shows."""
 
+TEACHING = {"temperature": 2.0, "weight": 0.7}
+
 FROZEN: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "leading": ("model.embed_tokens.*", "model.layers.[012].*"),
@@ -96,11 +98,14 @@ class Case:
     frozen: str = "nothing"
     expert: int = 1
     capacity_factor: float | None = None
+    teacher: str | None = None
+    """A folder."""
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
         words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
+        words += ["taught"] * (self.teacher is not None)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
 
@@ -113,6 +118,7 @@ class Case:
         config = model_config(parallel.pop("family"), parallel.pop("tied"))
         parallel.pop("frozen")
         parallel.pop("capacity_factor")
+        teacher = parallel.pop("teacher")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -121,6 +127,7 @@ class Case:
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
                 "moe": moe,
+                "distill": teacher and {"teacher": teacher, **TEACHING},
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
                     "eps": EPS,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import CLIP, EPS, FROZEN, GLOBAL_BATCH, LEARNING_RATE, STEPS, TOKENS, VOCABULARY, Case
+from cases import CLIP, EPS, FROZEN, GLOBAL_BATCH, LEARNING_RATE, STEPS, TEACHING, TOKENS, VOCABULARY, Case
 from harness import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -83,18 +83,34 @@ def one_process(case: Case) -> nn.Module:
     return model
 
 
+def logits_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    masks = whole_masks(draw_blueprint(model.config), batch.position_ids)
+    return model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
+    ).logits
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) at the temperature, times its square, summed over valid tokens; token by token."""
+    temperature = TEACHING["temperature"]
+    student, teacher = (F.log_softmax(logits[valid] / temperature, -1) for logits in (student, teacher))
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum()
+
+
 def backward(
-    model: nn.Module, batch: Batch, balance: PlainBalance | None = None
+    model: nn.Module, batch: Batch, balance: PlainBalance | None = None, teacher: nn.Module | None = None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss of the whole batch, a mean over all valid tokens, and the gradient of each parameter that is trained;
     ``balance`` is of a model with experts."""
     if balance:
         balance.begin(len(batch.labels))
-    masks = whole_masks(draw_blueprint(model.config), batch.position_ids)
-    logits = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
-    ).logits
+    logits = logits_of(model, batch)
     loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    if teacher:
+        with torch.no_grad():
+            wanted = logits_of(teacher, batch)
+        share = TEACHING["weight"]
+        loss = (1 - share) * loss + share * divergence(logits, wanted, batch.labels != IGNORE)
     count = int((batch.labels != IGNORE).sum())
     loss = loss / count
     (loss + balance.loss(batch.labels, count) if balance else loss).backward()
@@ -105,10 +121,17 @@ def backward(
 
 
 @functools.cache
-def reference(family: str, tied: bool, frozen: str = "nothing", capacity_factor: float | None = None) -> Reference:
+def reference(
+    family: str,
+    tied: bool,
+    frozen: str = "nothing",
+    capacity_factor: float | None = None,
+    teacher: str | None = None,
+) -> Reference:
     """Plain transformers and torch: the whole model, the whole batch, clipped AdamW."""
     case = Case(family=family, tied=tied, frozen=frozen, capacity_factor=capacity_factor)
     model, moe = one_process(case), case.recipe().moe
+    taught_by = AutoModelForCausalLM.from_pretrained(teacher) if teacher else None
     balance = PlainBalance(model, moe) if moe else None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -120,7 +143,7 @@ def reference(family: str, tied: bool, frozen: str = "nothing", capacity_factor:
     losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
     for batch in batches:
-        loss, of_step = backward(model, batch, balance)
+        loss, of_step = backward(model, batch, balance, taught_by)
         losses.append(loss)
         gradients.append(of_step)
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item())
@@ -307,13 +330,13 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
 
 def difference(case: Case, folder: Path | None = None) -> list[Difference]:
     """Of every rank; weights from ``folder``, where one is given."""
-    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor)
+    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher)
     return run_ranks(compare, case.world_size, case, expected, folder, timeout=120)
 
 
 def assert_same_numbers(case: Case, ranks: Iterable[Difference]) -> None:
     """Each rank's loss, gradient norm, gradients and updates are those of one process, within float rounding."""
-    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor)
+    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher)
     assert set().union(*(rank.seen for rank in ranks)) == set(expected.weights), "every parameter stands somewhere"
     for rank in ranks:
         assert not rank.missing, f"no gradient: {rank.missing}"

@@ -110,11 +110,11 @@ def sleep_through(block, schedule, seconds, slow_stage, tolerance, at_least):
     pipeline, modules = sleeping_pipeline(block, schedule)
     meter = BubbleMeter(block, schedule=schedule, virtual_stages=STAGES[schedule], microbatches=MICROBATCHES)
     ids, simulation = torch.zeros(MICROBATCHES, 2, dtype=torch.int64), nominal(schedule, seconds, slow_stage)
-    steps, enough = [], torch.tensor(False)
+    targets, steps, enough = {"targets": ids}, [], torch.tensor(False)
     for attempt in range(9):  # the first one, without sleep, opens connections
         for i, module in modules.items():
             module.seconds, module.naps = (2 if i == slow_stage else 1) * (seconds if attempt else 0.0), []
-        pipeline.step(ids if pipeline.is_first else None, ids if pipeline.is_last else None, position_ids=ids)
+        pipeline.step(ids if pipeline.is_first else None, targets if pipeline.is_last else None, position_ids=ids)
         result = meter.measure(pipeline)
         napped = bubble_of_naps([nap for module in modules.values() for nap in module.naps])
         if result is not None and attempt:

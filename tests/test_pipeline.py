@@ -83,7 +83,7 @@ def build(block, schedule, virtual_stages, microbatches, wrap=None):
 def step(pipeline, microbatches, data=0):
     ids, targets, positions = batch(microbatches, data)
     loss = pipeline.step(
-        ids if pipeline.is_first else None, targets if pipeline.is_last else None, position_ids=positions
+        ids if pipeline.is_first else None, {"targets": targets} if pipeline.is_last else None, position_ids=positions
     )
     return None if loss is None else loss.item()
 

@@ -10,20 +10,23 @@ import torch
 from torch import nn
 
 from cuboid.parallel.data import apply_data_parallel
+from cuboid.parallel.distillation import DistillationLoss, LogitsKept
 from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
 from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
-from cuboid.parallel.pipeline import Pipeline
+from cuboid.parallel.pipeline import Loss, Pipeline
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.check_distill import teacher_recipe
 from cuboid.trainer.engine import Engine, NativeEngine
 from cuboid.trainer.model import (
     DTYPES,
     Blueprint,
+    draw_blueprint,
     estimate_costs,
     expert_counts,
     initialise_buffers,
@@ -31,9 +34,11 @@ from cuboid.trainer.model import (
     seeded_tensors,
     tensor_plan,
 )
+from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.plans import stored_names
 from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.teacher import Teacher
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 
@@ -44,7 +49,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
-    loss = SummedCrossEntropy(block.mesh["tensor"].get_group())
+    loss, teacher = _loss(recipe, block), _teacher(recipe, block)
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     if recipe.parallel.engine == "deepspeed":
         os.environ["DS_ACCELERATOR"] = block.device.type  # read when deepspeed is first imported
@@ -58,6 +63,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             loss=loss,
             parameters=parameters,
             tied=tied,
+            teacher=teacher,
             averaged_over=block.layout.data,
             zero=zero,
         )
@@ -68,6 +74,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         parameters=parameters,
         experts=experts,
         tied=tied,
+        teacher=teacher,
         # after the values: the optimizer works on views of the final shards
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
@@ -130,6 +137,26 @@ def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | No
     return Experts(expert_mesh(block), routing, num_layers=num_layers, num_experts=max(counts))
 
 
+def _loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
+    group = block.mesh["tensor"].get_group()
+    if recipe.distill is None:
+        return SummedCrossEntropy(group)
+    return DistillationLoss(group, temperature=recipe.distill.temperature, weight=recipe.distill.weight)
+
+
+def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
+    if recipe.distill is None:
+        return None
+    recipe = teacher_recipe(recipe)
+    blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention, compute=recipe.precision.compute)
+    blueprint.model.requires_grad_(False)
+    stages = build_stages(recipe, block, blueprint, initial_weights(recipe, blueprint))
+    TiedWeights(stages, block).follow()
+    numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    kept = LogitsKept()
+    return Teacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
+
+
 def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:
     """Which layers each stage computes: as the recipe says, or balanced by estimated cost."""
     if recipe.parallel.layers is not None:
@@ -182,7 +209,7 @@ def reshards_after_forward(recipe: Recipe) -> bool:
 
 
 def _pipeline(
-    recipe: Recipe, block: Block, blueprint: Blueprint, modules: Mapping[int, nn.Module], loss: SummedCrossEntropy
+    recipe: Recipe, block: Block, blueprint: Blueprint, modules: Mapping[int, nn.Module], loss: Loss
 ) -> Pipeline:
     return Pipeline(
         modules,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
@@ -119,6 +120,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
             *_expert_errors(recipe, config),
             *_stage_errors(recipe, config),
             *_model_errors(recipe, config),
+            *_teacher_errors(recipe, config),
         ]
     errors += _data_errors(recipe, config)
     if devices:  # a machine that only submits needs no tracker
@@ -307,6 +309,18 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
             if not recipe.parallel.sequence and blueprint.drops_hidden_states:
                 constraint = "lets each tensor rank drop other elements of the hidden states that they share"
                 yield FieldError("parallel.sequence", "false", constraint, "use true, or a config without dropout")
+
+
+def _teacher_errors(recipe: Recipe, student: PretrainedConfig) -> Iterator[UserError]:
+    """The teacher stands on the same mesh and reads the same sequences."""
+    if recipe.distill is None:
+        return
+    own = teacher_recipe(recipe)
+    errors, config = _attempt(lambda: _config(own))
+    if config is not None:
+        yield from teacher_errors(recipe, student, config)
+        errors += [*_tensor_errors(own, config), *_stage_errors(own, config), *_model_errors(own, config)]
+    yield from as_of_teacher(recipe, errors)
 
 
 def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[UserError]:

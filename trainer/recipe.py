@@ -198,6 +198,17 @@ class MoeSettings(Settings):
     """In training an expert takes at most this many times its even share of a sequence's choices; null: all of them."""
 
 
+class DistillSettings(Settings):
+    """A teacher whose predictions the model learns beside the labels (Hinton et al., 2015)."""
+
+    teacher: Text
+    """A local folder or a hub id with safetensors: a model with the same vocabulary, on the same mesh, not trained."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides both models' logits before they are compared; above 1 the teacher's less likely tokens count more."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the teacher in the loss; the rest is the labels'."""
+
+
 class OptimizerSettings(Settings):
     """AdamW (Loshchilov and Hutter, 2019) and its learning rate; no decay on norms, biases and embeddings."""
 
@@ -298,8 +309,8 @@ class Recipe(Settings):
     """Low-rank adapters."""
     quantize: Later = None
     """Quantization."""
-    distill: Later = None
-    """Distillation from a teacher."""
+    distill: DistillSettings | None = None
+    """Distillation from a teacher; null: from labels alone."""
     prune: Later = None
     """Pruning."""
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.check_distill import teacher_recipe
 from cuboid.trainer.data import Batch, prepare
 from cuboid.trainer.model import Blueprint, draw_blueprint, whole_masks, whole_model
 from cuboid.trainer.model_config import config_of, read_checked_config
@@ -113,9 +114,16 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def small_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with a model that is tried in seconds."""
-    return shrink_recipe(recipe, config_of(recipe))
+def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a model that is tried in seconds; a teacher that is as small is written into ``folder``."""
+    small = shrink_recipe(recipe, config_of(recipe))
+    if recipe.distill is None:
+        return small
+    teacher = teacher_recipe(recipe)
+    # of another seed: a teacher that says the same as its student teaches nothing
+    of_teacher = shrink_recipe(teacher, config_of(teacher)).model_copy(update={"seed": recipe.seed + 1})
+    _whole(of_teacher, _blueprint(of_teacher)).save_pretrained(folder / "teacher")
+    return small.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": str(folder / "teacher")})})
 
 
 def reference(recipe: Recipe, original: Recipe) -> Reference:
@@ -127,11 +135,8 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     """
     torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
     blueprint = _blueprint(recipe)
-    model = whole_model(blueprint)
-    read = initial_weights(recipe, blueprint)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+    model = _whole(recipe, blueprint)
+    teaching = _teaching(recipe)
     masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
     model.to(blueprint.compute)
     balance = PlainBalance(model, recipe.moe or MoeSettings())
@@ -148,7 +153,8 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     batches = _batches(recipe, original)
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches, start=1):
-        losses.append(_backward(blueprint, model, masters, balance, batch, rows=recipe.batch_plan.microbatch_size))
+        rows = recipe.batch_plan.microbatch_size
+        losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
         if step == 1:
             gradients = {name: _gradient(name, parameter) for name, parameter in masters.items()}
         limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
@@ -171,6 +177,39 @@ def _blueprint(recipe: Recipe) -> Blueprint:
     return draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
 
 
+def _whole(recipe: Recipe, blueprint: Blueprint) -> Any:
+    """The whole model of transformers with the recipe's first values."""
+    model, read = whole_model(blueprint), initial_weights(recipe, blueprint)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+    return model
+
+
+def _logits(model: nn.Module, blueprint: Blueprint, batch: Batch) -> Tensor:
+    masks, positions = whole_masks(blueprint, batch.position_ids), batch.position_ids
+    return model(
+        input_ids=batch.input_ids, position_ids=positions, attention_mask=masks, use_cache=False
+    ).logits.float()
+
+
+def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | None:
+    """(batch, the student's logits, its summed loss on the labels) -> the summed loss with the teacher's share."""
+    if (settings := recipe.distill) is None:
+        return None
+    own = teacher_recipe(recipe)
+    blueprint = _blueprint(own)
+    teacher = _whole(own, blueprint).to(blueprint.compute).eval().requires_grad_(False)
+
+    def taught(batch: Batch, logits: Tensor, from_labels: Tensor) -> Tensor:
+        both = (logits, _logits(teacher, blueprint, batch))
+        student, wanted = (F.log_softmax(each / settings.temperature, -1) for each in both)
+        divergence = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE].sum()
+        return (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
+
+    return taught
+
+
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None, f"one process gives {name} no gradient"
     return parameter.grad.clone()
@@ -184,10 +223,11 @@ def _backward(
     batch: Batch,
     *,
     rows: int,
+    teaching: Callable[[Batch, Tensor, Tensor], Tensor] | None,
 ) -> float:
     """Loss and gradients of the global batch, some rows at a time: a sum, divided by the one count. The model computes
     on copies of the masters in its own dtype, and their gradients are added up in float32. Experts are balanced beside
-    the loss."""
+    the loss. ``teaching`` makes the loss of a teacher's."""
     count, total = int((batch.labels != IGNORE).sum()), 0.0
     copies = dict(model.named_parameters())
     with torch.no_grad():
@@ -195,11 +235,11 @@ def _backward(
             copies[name].copy_(parameter)
     for start in range(0, len(batch.labels), rows):
         part = slice(start, start + rows)
-        ids, positions, labels = batch.input_ids[part], batch.position_ids[part], batch.labels[part]
-        balance.begin(len(ids))
-        masks = whole_masks(blueprint, positions)
-        logits = model(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False).logits.float()
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum") / count
+        some = Batch(batch.input_ids[part], batch.labels[part], batch.position_ids[part])
+        balance.begin(len(some.labels))
+        logits, labels = _logits(model, blueprint, some), some.labels
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = (teaching(some, logits, loss) if teaching else loss) / count
         (loss + balance.loss(labels, count)).backward()
         total += loss.item()
         for name, parameter in masters.items():
@@ -248,14 +288,14 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
                     else:
                         wanted = expected.gradients[name]
                         gradients.append(
-                            (name, _relative_to((_whole(gradient) - wanted).abs().max(), wanted.abs().max()))
+                            (name, _relative_to((_full(gradient) - wanted).abs().max(), wanted.abs().max()))
                         )
             engine.update(
                 result, learning_rate=learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
             )
         updates = []
         for name, weight in engine.weights():
-            moved = _whole(weight) - expected.weights[name]
+            moved = _full(weight) - expected.weights[name]
             updates.append((name, _relative_to((moved - expected.updates[name]).norm(), expected.updates[name].norm())))
         found = Verdict(
             mesh=_mesh(recipe, blueprint),
@@ -303,12 +343,14 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
         words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
     if recipe.parallel.expert > 1:
         words.append(f"experts over {recipe.parallel.expert} ranks")
+    if recipe.distill is not None:
+        words.append(f"with {recipe.distill.weight:g} of a teacher")
     if recipe.precision.compute != "float32":
         words.append(recipe.precision.compute)
     return ", ".join(words)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
