@@ -3,6 +3,8 @@
 import functools
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -133,10 +135,25 @@ def sleep_with_and_without_a_slow_stage(*arguments):
         return {slow: sleep_through(block, schedule, others[0], slow, *others[1:]) for slow in (None, SLOW)}
 
 
-def assert_measured_as_simulated(schedule, seconds, tolerance, at_least=3):
+def sleep_through_schedules(seconds, tolerance, at_least, at_once):
+    """Of every schedule what its ranks found, ``at_once`` of them at a time: who sleeps needs no core."""
+    # processes, since a fork out of several threads may copy a lock that is held
+    with ProcessPoolExecutor(at_once, mp_context=get_context("fork")) as pool:
+        found = {
+            schedule: pool.submit(
+                run_ranks,
+                sleep_with_and_without_a_slow_stage,
+                RANKS,
+                *(schedule, seconds, tolerance, at_least),
+                timeout=60 + 1000 * seconds,
+            )
+            for schedule in SCHEDULES
+        }
+        return {schedule: future.result()[0] for schedule, future in found.items()}
+
+
+def assert_measured_as_simulated(schedule, results, seconds, tolerance):
     """Returns the measured bubble where all stages take equally long."""
-    arguments = (schedule, seconds, tolerance, at_least)
-    results = run_ranks(sleep_with_and_without_a_slow_stage, RANKS, *arguments, timeout=60 + 1000 * seconds)[0]
     measured = {}
     for slow, steps in results.items():
         simulation, words = nominal(schedule, seconds, slow), f"slow stage {slow}: {steps}"
@@ -152,15 +169,21 @@ def assert_measured_as_simulated(schedule, seconds, tolerance, at_least=3):
     return measured[None]
 
 
+@pytest.fixture(scope="module")
+def slept():
+    return sleep_through_schedules(0.05, 0.025, at_least=3, at_once=2)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_sleeping_stages_are_measured_as_simulated(schedule):
-    assert_measured_as_simulated(schedule, seconds=0.05, tolerance=0.025)
+def test_sleeping_stages_are_measured_as_simulated(schedule, slept):
+    assert_measured_as_simulated(schedule, slept[schedule], seconds=0.05, tolerance=0.025)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_sleeping_stages_at_200_milliseconds():
-    measured = {name: assert_measured_as_simulated(name, 0.2, tolerance=0.01, at_least=1) for name in SCHEDULES}
+    found = sleep_through_schedules(0.2, 0.01, at_least=1, at_once=4)
+    measured = {name: assert_measured_as_simulated(name, found[name], 0.2, tolerance=0.01) for name in SCHEDULES}
     assert measured["1f1b"] > measured["interleaved_1f1b"] > measured["zbv"]
 
 
