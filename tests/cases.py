@@ -70,6 +70,8 @@ BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 
 TEACHING = {"temperature": 2.0, "weight": 0.7}
 
+PRUNING: dict[str, dict[str, Any]] = {"magnitude": {"ratio": 0.7, "end_step": STEPS}, "2:4": {"begin_step": 2}}
+
 FROZEN: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "leading": ("model.embed_tokens.*", "model.layers.[012].*"),
@@ -100,11 +102,14 @@ class Case:
     capacity_factor: float | None = None
     teacher: str | None = None
     """A folder."""
+    prune: str | None = None
+    """A method."""
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
         words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
+        words += [self.prune] if self.prune else []
         words += ["taught"] * (self.teacher is not None)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
@@ -118,7 +123,7 @@ class Case:
         config = model_config(parallel.pop("family"), parallel.pop("tied"))
         parallel.pop("frozen")
         parallel.pop("capacity_factor")
-        teacher = parallel.pop("teacher")
+        teacher, method = parallel.pop("teacher"), parallel.pop("prune")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -128,6 +133,7 @@ class Case:
                 "parallel": parallel,
                 "moe": moe,
                 "distill": teacher and {"teacher": teacher, **TEACHING},
+                "prune": method and {"method": method, **PRUNING[method]},
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
                     "eps": EPS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from cuboid.trainer.model import draw_blueprint, whole_masks
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
+from cuboid.trainer.plain_pruning import PlainPruning
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import from_full
 
@@ -120,6 +122,13 @@ def backward(
     return loss.item(), gradients
 
 
+def plain_pruning(case: Case, trained: Mapping[str, nn.Parameter]) -> PlainPruning | None:
+    """Of the weights of the linears in layers."""
+    settings = case.recipe().prune
+    named = {name: p for name, p in trained.items() if re.search(r"\.(layers|h)\.", name) and p.dim() == 2}
+    return PlainPruning(named, settings) if settings else None
+
+
 @functools.cache
 def reference(
     family: str,
@@ -127,9 +136,10 @@ def reference(
     frozen: str = "nothing",
     capacity_factor: float | None = None,
     teacher: str | None = None,
+    prune: str | None = None,
 ) -> Reference:
     """Plain transformers and torch: the whole model, the whole batch, clipped AdamW."""
-    case = Case(family=family, tied=tied, frozen=frozen, capacity_factor=capacity_factor)
+    case = Case(family=family, tied=tied, frozen=frozen, capacity_factor=capacity_factor, prune=prune)
     model, moe = one_process(case), case.recipe().moe
     taught_by = AutoModelForCausalLM.from_pretrained(teacher) if teacher else None
     balance = PlainBalance(model, moe) if moe else None
@@ -140,10 +150,16 @@ def reference(
         for wanted, decay in ((True, 0.1), (False, 0.0))
     ]
     adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS)
+    pruning = plain_pruning(case, trained)
     losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
-    for batch in batches:
+    for step, batch in enumerate(batches, start=1):
+        if pruning:
+            pruning.begin(step)
         loss, of_step = backward(model, batch, balance, taught_by)
+        if pruning:
+            pruning.mask_gradients()
+            of_step = {name: p.grad.clone() for name, p in trained.items()}
         losses.append(loss)
         gradients.append(of_step)
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP).item())
@@ -151,6 +167,8 @@ def reference(
         adamw.zero_grad()
         if balance:
             balance.end_step()
+        if pruning:
+            pruning.end()
     updates = {name: p.detach() - before[name] for name, p in trained.items()}
     # what is compared must be there: an error relative to nothing would mean nothing
     assert min(losses) > 0
@@ -308,6 +326,7 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
         state = engine.tensors() if kept else {}
         touched = [name for name in state if name.startswith("optimizer.") and name.split(".", 2)[2] in kept]
         for step, batch in enumerate(expected.batches):
+            engine.prune(step + 1)
             result = engine.backward(own_share(batch, engine.block))
             losses.append(relative(result.loss, expected.losses[step]))
             norms.append(relative(result.grad_norm, expected.norms[step]))
@@ -330,13 +349,13 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
 
 def difference(case: Case, folder: Path | None = None) -> list[Difference]:
     """Of every rank; weights from ``folder``, where one is given."""
-    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher)
+    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher, case.prune)
     return run_ranks(compare, case.world_size, case, expected, folder, timeout=120)
 
 
 def assert_same_numbers(case: Case, ranks: Iterable[Difference]) -> None:
     """Each rank's loss, gradient norm, gradients and updates are those of one process, within float rounding."""
-    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher)
+    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher, case.prune)
     assert set().union(*(rank.seen for rank in ranks)) == set(expected.weights), "every parameter stands somewhere"
     for rank in ranks:
         assert not rank.missing, f"no gradient: {rank.missing}"

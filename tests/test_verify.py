@@ -107,6 +107,12 @@ def test_a_teacher_is_shrunk_too(verify: Verify, tmp_path: Path) -> None:
     assert "with 0.7 of a teacher" in printed
 
 
+def test_what_is_pruned_later_is_pruned_at_once(verify: Verify) -> None:
+    code, printed = verify("prune={ratio: 0.7, begin_step: 10, end_step: 20}", "parallel.schedule=interleaved_1f1b")
+    assert code == 0, printed
+    assert "magnitude pruned to 0.7" in printed
+
+
 SMALL = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 8, "pad_token_id": None}
 
 

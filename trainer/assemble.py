@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -31,12 +31,14 @@ from cuboid.trainer.model import (
     expert_counts,
     initialise_buffers,
     local_folder,
+    prunable,
     seeded_tensors,
     tensor_plan,
 )
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.plans import stored_names
+from cuboid.trainer.prune import Pruner
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.teacher import Teacher
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
@@ -78,6 +80,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         # after the values: the optimizer works on views of the final shards
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
+        pruner=_pruner(recipe, block, blueprint, parameters),
     )
 
 
@@ -155,6 +158,15 @@ def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     kept = LogitsKept()
     return Teacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
+
+
+def _pruner(
+    recipe: Recipe, block: Block, blueprint: Blueprint, parameters: Sequence[tuple[str, nn.Parameter]]
+) -> Pruner | None:
+    if recipe.prune is None:
+        return None
+    names = prunable(blueprint, recipe.prune.modules)
+    return Pruner(recipe.prune, [parameter for name, parameter in parameters if name in names], block)
 
 
 def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:

@@ -21,6 +21,7 @@ from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
 from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
+from cuboid.trainer.check_prune import prunable_errors, prune_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *_batch_errors(recipe),
         *_schedule_errors(recipe),
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
+        *prune_errors(recipe),
         *_length_errors(recipe),
         *_folder_errors(recipe),
         *_launch_errors(recipe),
@@ -294,7 +296,7 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
         constraint = f"is longer than the model's max_position_embeddings={longest}"
         yield FieldError("data.sequence_length", length, constraint, f"use at most {longest}{more}")
     from cuboid.trainer.families import check_family
-    from cuboid.trainer.model import draw_blueprint, tensor_plan
+    from cuboid.trainer.model import draw_blueprint, prunable, tensor_plan
 
     try:
         errors, blueprint = _attempt(lambda: draw_blueprint(config, attention=recipe.model.attention))
@@ -304,6 +306,9 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
     yield from errors
     if blueprint is not None:
         yield from _attempt(lambda: check_family(config))[0]
+        if recipe.prune is not None:
+            found = prunable(blueprint, recipe.prune.modules)
+            yield from prunable_errors(recipe, config, found, prunable(blueprint, None))
         if recipe.parallel.tensor > 1:
             yield from _attempt(lambda: tensor_plan(blueprint))[0]
             if not recipe.parallel.sequence and blueprint.drops_hidden_states:

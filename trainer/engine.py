@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.trainer.data import Batch
 from cuboid.trainer.optimizer import ShardedAdamW
+from cuboid.trainer.prune import Pruner
 from cuboid.trainer.teacher import Teacher
 
 
@@ -98,6 +100,11 @@ class Engine(ABC):
     @abstractmethod
     def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on after ``step`` updates with the values that were loaded into what `tensors` gave."""
+
+    def prune(self, step: int) -> float | None:
+        """Before the step of this number: zero what is to be zero from now on, where the recipe says so. Returns the
+        share of zeros among what is pruned, and None where nothing was done."""
+        return None
 
     def step(self, batch: Batch, *, learning_rate: float, told: Sequence[float] = ()) -> StepResult:
         """One update from this data rank's share of the global batch.
@@ -190,10 +197,16 @@ class NativeEngine(Engine):
 
     optimizer: ShardedAdamW
     clip_grad_norm: float | None
+    pruner: Pruner | None = None
+
+    def prune(self, step: int) -> float | None:
+        return self.pruner.prune(step) if self.pruner else None
 
     def close_gradients(self) -> None:
         close_sums(parameter for _, parameter in self.parameters)
         self.tied.sum_gradients()
+        if self.pruner:
+            self.pruner.pruning.mask_gradients()
 
     def squared_norm(self) -> Tensor:
         counted = [parameter for _, parameter in self.parameters if parameter is not self.tied.second]
@@ -208,7 +221,8 @@ class NativeEngine(Engine):
     def update(self, result: StepResult, *, learning_rate: float) -> None:
         if self.clip_grad_norm is not None:
             clip((p for _, p in self.parameters), norm=result.grad_norm, limit=self.clip_grad_norm)
-        self.optimizer.step(learning_rate)
+        with self.pruner.pruning.kept() if self.pruner else nullcontext():
+            self.optimizer.step(learning_rate)
         self.tied.follow()
         if self.experts and result.measures:
             self.experts.rebalance(result.measures)
@@ -223,3 +237,5 @@ class NativeEngine(Engine):
     def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         self.optimizer.set_step(step)
         self.tied.follow()
+        if self.pruner:
+            self.pruner.resume_at(step)

@@ -24,6 +24,7 @@ from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import learning_rate
+from cuboid.trainer.prune import is_due
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recorder import Recorder
 from cuboid.trainer.restore import read_facts
@@ -91,6 +92,7 @@ def train_step(run: Run) -> StepResult:
     # every draw (dropout) is a function of seed, step and place, so that no generator state has to be saved
     torch.manual_seed(_seed(recipe.seed, step, *run.block.coordinate))
     batch = run.dataset.batch(recipe.batch_plan.samples(step, run.block.coordinate.data))
+    prune(run, step)
     try:
         result = run.engine.step(batch, learning_rate=rate, told=[_wants_to_stop(run), *run.recorder.memory_by_rank()])
     except NotFinite as error:
@@ -107,6 +109,19 @@ def train_step(run: Run) -> StepResult:
         evaluation=partial(evaluate, run, run.held_out) if run.held_out and _evaluation_is_due(run) else None,
     )
     return result
+
+
+def prune(run: Run, step: int) -> None:
+    """Before the step of this number, where the recipe says so; what it costs is evaluated the first and last time."""
+    settings = run.recipe.prune
+    if settings is None or not is_due(settings, step):
+        return
+    compared = run.held_out if step in (settings.begin_step, settings.last_step) else None
+    losses = {"eval_loss_before": evaluate(run, compared)[0]} if compared else {}
+    share = run.engine.prune(step)
+    losses |= {"eval_loss_after": evaluate(run, compared)[0]} if compared else {}
+    if run.block.rank == 0:
+        run.recorder.event("prune", step=step, zeros=share, **losses)
 
 
 def evaluate(run: Run, held_out: Dataset) -> tuple[float, int]:

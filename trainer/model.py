@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -289,6 +289,17 @@ def _twin(module: nn.Module, *, device: str) -> nn.Module:
 
 def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+
+
+def prunable(blueprint: Blueprint, modules: Sequence[str] | None) -> dict[str, torch.Size]:
+    """Global name and shape of each weight that may be pruned: of the layers' linear modules, or of those that are
+    called so. Everything with two dimensions in a layer is a linear's weight."""
+    layers = f"{blueprint.anatomy.base}.{blueprint.anatomy.layers}."
+    return {
+        name: parameter.shape
+        for name, parameter in blueprint.model.named_parameters()
+        if name.startswith(layers) and parameter.dim() == 2 and (modules is None or name.split(".")[-2] in modules)
+    }
 
 
 def local_folder(pretrained: str) -> Path:

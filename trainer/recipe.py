@@ -209,6 +209,28 @@ class DistillSettings(Settings):
     """Share of the teacher in the loss; the rest is the labels'."""
 
 
+class PruneSettings(Settings):
+    """Weights of the layers' linear modules that are set to zero and stay so, while the others train on."""
+
+    method: Literal["magnitude", "2:4"] = "magnitude"
+    """magnitude: the smallest of all weights together; 2:4: the smaller two of each four neighbouring inputs."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the weights that is zero in the end; 2:4 has 0.5."""
+    begin_step: Count = 1
+    """Step before which pruning begins; 1: before training."""
+    end_step: Count | None = None
+    """Step before which it ends; from the first to it the share grows, fast at first; null: all at once."""
+    every: Count = 1
+    """Steps between two prunings."""
+    modules: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] | None = None
+    """Names of linear modules, such as q_proj; null: all in the layers."""
+
+    @property
+    def last_step(self) -> int:
+        """Before which something is pruned for the last time."""
+        return self.begin_step if self.end_step is None else self.end_step
+
+
 class OptimizerSettings(Settings):
     """AdamW (Loshchilov and Hutter, 2019) and its learning rate; no decay on norms, biases and embeddings."""
 
@@ -311,8 +333,8 @@ class Recipe(Settings):
     """Quantization."""
     distill: DistillSettings | None = None
     """Distillation from a teacher; null: from labels alone."""
-    prune: Later = None
-    """Pruning."""
+    prune: PruneSettings | None = None
+    """Pruning; null: none."""
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -81,6 +81,8 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
         update={
             # the config has the experts that would have been made
             "moe": recipe.moe and recipe.moe.model_copy(update={"experts": None}),
+            # what would be pruned later is pruned before the steps that are compared
+            "prune": recipe.prune and recipe.prune.model_copy(update={"begin_step": 1, "end_step": None}),
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),

@@ -24,10 +24,11 @@ from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.check_distill import teacher_recipe
 from cuboid.trainer.data import Batch, prepare
-from cuboid.trainer.model import Blueprint, draw_blueprint, whole_masks, whole_model
+from cuboid.trainer.model import Blueprint, draw_blueprint, prunable, whole_masks, whole_model
 from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
+from cuboid.trainer.plain_pruning import PlainPruning
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.shrink import shrink_recipe
 from cuboid.trainer.tokenizer import open_tokenizer
@@ -140,6 +141,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
     model.to(blueprint.compute)
     balance = PlainBalance(model, recipe.moe or MoeSettings())
+    pruning = _pruning(recipe, blueprint, masters)
     settings = recipe.optimizer
     groups = [
         {
@@ -154,7 +156,11 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches, start=1):
         rows = recipe.batch_plan.microbatch_size
+        if pruning:
+            pruning.begin(step)
         losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
+        if pruning:
+            pruning.mask_gradients()
         if step == 1:
             gradients = {name: _gradient(name, parameter) for name, parameter in masters.items()}
         limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
@@ -164,6 +170,8 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         adamw.step()
         adamw.zero_grad()
         balance.end_step()
+        if pruning:
+            pruning.end()
     updates = {name: parameter.detach() - weights[name] for name, parameter in masters.items()}
     return Reference(weights, batches, losses, norms, gradients, updates)
 
@@ -208,6 +216,13 @@ def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | Non
         return (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
 
     return taught
+
+
+def _pruning(recipe: Recipe, blueprint: Blueprint, masters: Mapping[str, nn.Parameter]) -> PlainPruning | None:
+    if recipe.prune is None:
+        return None
+    names = prunable(blueprint, recipe.prune.modules)
+    return PlainPruning({name: masters[name] for name in names}, recipe.prune)
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
@@ -278,6 +293,7 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
         for step, batch in enumerate(expected.batches, start=1):
             share = recipe.train.global_batch // block.layout.data
             rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
+            engine.prune(step)
             result = engine.backward(Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows]))
             losses.append(_relative(result.loss, expected.losses[step - 1]))
             norms.append(_relative(result.grad_norm, expected.grad_norms[step - 1]))
@@ -343,6 +359,8 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
         words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
     if recipe.parallel.expert > 1:
         words.append(f"experts over {recipe.parallel.expert} ranks")
+    if recipe.prune is not None:
+        words.append(f"{recipe.prune.method} pruned to {recipe.prune.ratio:g}")
     if recipe.distill is not None:
         words.append(f"with {recipe.distill.weight:g} of a teacher")
     if recipe.precision.compute != "float32":
