@@ -36,9 +36,9 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
         raise UserError(
             "--shrink none cannot tell: experts just made of a dense model are all alike; use --shrink auto"
         )
-    from cuboid.trainer.verify import reference, run_mesh, small_recipe, verdict
+    from cuboid.trainer.verify import comparable, reference, run_mesh, small_recipe, verdict
 
-    recipe = small_recipe(original) if shrink else original
+    recipe = comparable(small_recipe(original) if shrink else original)
     expected = reference(recipe, original)
     folder = Path(tempfile.mkdtemp(prefix="cuboid-verify-"))
     code = local.launch(recipe, folder, train=partial(run_mesh, expected=expected), quiet=True)

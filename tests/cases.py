@@ -78,6 +78,15 @@ FROZEN: dict[str, tuple[str, ...]] = {
 }
 """Which parameters are not trained. A tied head goes with the embedding; `test_frozen` says which stages are whole."""
 
+LORA: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "all": {"rank": 4, "alpha": 8.0},
+    "some": {"targets": ["q_proj", "v_proj", "down_proj"], "rank": 3, "alpha": 6.0, "rslora": True},
+    "biases": {"rank": 2, "alpha": 4.0, "bias": "all"},
+    "whole": {"rank": 4, "modules_to_save": ["embed_tokens", "norm", "lm_head"]},
+}
+"""Adapters; their matrices get values away from zero, so that each has a gradient."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -96,12 +105,14 @@ class Case:
     frozen: str = "nothing"
     expert: int = 1
     capacity_factor: float | None = None
+    lora: str = "none"
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
         words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
+        words += [f"lora-{self.lora}"] * (self.lora != "none")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
 
     @property
@@ -113,6 +124,7 @@ class Case:
         config = model_config(parallel.pop("family"), parallel.pop("tied"))
         parallel.pop("frozen")
         parallel.pop("capacity_factor")
+        parallel.pop("lora")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -121,6 +133,7 @@ class Case:
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
                 "moe": moe,
+                "lora": LORA[self.lora],
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
                     "eps": EPS,

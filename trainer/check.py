@@ -20,6 +20,7 @@ from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
 from cuboid.trainer.check_engine import engine_errors
+from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *_batch_errors(recipe),
         *_schedule_errors(recipe),
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
+        *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *_length_errors(recipe),
         *_folder_errors(recipe),
         *_launch_errors(recipe),
@@ -302,6 +304,7 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
     yield from errors
     if blueprint is not None:
         yield from _attempt(lambda: check_family(config))[0]
+        yield from target_errors(recipe, blueprint)
         if recipe.parallel.tensor > 1:
             yield from _attempt(lambda: tensor_plan(blueprint))[0]
             if not recipe.parallel.sequence and blueprint.drops_hidden_states:

@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import connect
-from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.adapter_folder import settings_of
+from cuboid.trainer.assemble import assemble, prepared
 from cuboid.trainer.data import Batch, prepare
-from cuboid.trainer.model import Blueprint, draw_blueprint, whole_masks, whole_model
+from cuboid.trainer.model import Blueprint, draw_blueprint, seed_of, whole_masks, whole_model
 from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
@@ -31,6 +32,7 @@ from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.shrink import shrink_recipe
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
+from cuboid.trainer.weights import CopyInto, from_full
 
 STEPS = 3
 TOLERANCES = {
@@ -42,6 +44,7 @@ largest element, and an update by 6e-5 of its norm: AdamW divides by the gradien
 as much as large. In bfloat16, which rounds each number by up to 2e-3, one process on stages is as far from
 transformers: 2e-5, 1e-2 and 1e-1. A fault of parallelism moves some gradient by about its own size in either."""
 _RESULTS = "verify"
+_B_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Reference:
     grad_norms: list[float]
     """Before clipping."""
     gradients: Mapping[str, Tensor]
-    """Of the first step, before clipping."""
+    """Of the first step, before clipping; of what is trained."""
     updates: Mapping[str, Tensor]
-    """Weights after the last step minus weights before the first."""
+    """Weights after the last step minus weights before the first; zeros of what is frozen."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,15 @@ def small_recipe(recipe: Recipe) -> Recipe:
     return shrink_recipe(recipe, config_of(recipe))
 
 
+def comparable(recipe: Recipe) -> Recipe:
+    """The recipe with adapters that can be compared: without dropout, whose masks are each mesh's own, and with drawn
+    values, since those of a saved adapter fit the model that is not shrunk."""
+    if recipe.lora is None:
+        return recipe
+    settings = settings_of(recipe.lora).model_copy(update={"adapter": None, "dropout": 0.0})
+    return recipe.model_copy(update={"lora": settings})
+
+
 def reference(recipe: Recipe, original: Recipe) -> Reference:
     """What plain transformers and torch compute in this process.
 
@@ -127,12 +139,9 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     """
     torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
     blueprint = _blueprint(recipe)
-    model = whole_model(blueprint)
-    read = initial_weights(recipe, blueprint)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
-    masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    model = _whole(recipe, blueprint)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    masters = {name: nn.Parameter(weights[name].clone()) for name, p in model.named_parameters() if p.requires_grad}
     model.to(blueprint.compute)
     balance = PlainBalance(model, recipe.moe or MoeSettings())
     settings = recipe.optimizer
@@ -144,7 +153,6 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         for wanted in (True, False)
     ]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=settings.betas, eps=settings.eps)
-    weights = {name: parameter.detach().clone() for name, parameter in masters.items()}
     batches = _batches(recipe, original)
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches, start=1):
@@ -158,8 +166,41 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         adamw.step()
         adamw.zero_grad()
         balance.end_step()
-    updates = {name: parameter.detach() - weights[name] for name, parameter in masters.items()}
+    updates = {name: masters.get(name, weight).detach() - weight for name, weight in weights.items()}
     return Reference(weights, batches, losses, norms, gradients, updates)
+
+
+def _prepared(recipe: Recipe, blueprint: Blueprint) -> tuple[Blueprint, CopyInto]:
+    """As a run begins, but that an adapter's B is drawn too: beside a B of zeros A has no gradient, and zeros on both
+    sides prove nothing."""
+    blueprint, weights = prepared(recipe, blueprint)
+
+    def draw(name: str) -> Tensor:
+        owner, _, _ = name.partition(".lora_B.")
+        (scaling,) = blueprint.model.get_submodule(owner).scaling.values()
+        generator = torch.Generator().manual_seed(seed_of(recipe.seed, name))
+        # as W is drawn: a large product would make the model itself sensitive to rounding
+        return torch.randn(blueprint.model.get_parameter(name).shape, generator=generator) * (_B_STD / scaling)
+
+    drawn = from_full(draw)
+
+    def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
+        (drawn if ".lora_B." in name else weights)(name, part, target)
+
+    return blueprint, copy_into
+
+
+def _whole(recipe: Recipe, blueprint: Blueprint) -> nn.Module:
+    """The model that one process trains, with the first values of the recipe's: transformers', with peft's adapters."""
+    model, (_, read) = whole_model(blueprint), _prepared(recipe, blueprint)
+    if recipe.lora is not None:
+        from cuboid.trainer.adapters import inject
+
+        inject(model, recipe.lora, blueprint.anatomy)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+    return model
 
 
 def _blueprint(recipe: Recipe) -> Blueprint:
@@ -232,8 +273,8 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
     # gathering a whole parameter to look at it is allowed to be slow
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     with connect(recipe.layout, timeout_seconds=recipe.launch.timeout_seconds, device=torch.device("cpu")) as block:
-        blueprint = _blueprint(recipe)
-        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        blueprint, weights = _prepared(recipe, _blueprint(recipe))
+        engine = assemble(recipe, block, blueprint, weights)
         losses, norms, missing, gradients = [], [], [], []
         for step, batch in enumerate(expected.batches, start=1):
             share = recipe.train.global_batch // block.layout.data
@@ -243,19 +284,18 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
             norms.append(_relative(result.grad_norm, expected.grad_norms[step - 1]))
             if step == 1:
                 for name, gradient in engine.gradients():
-                    if gradient is None:
+                    if gradient is None and name in expected.gradients:
                         missing.append(name)
-                    else:
-                        wanted = expected.gradients[name]
-                        gradients.append(
-                            (name, _relative_to((_whole(gradient) - wanted).abs().max(), wanted.abs().max()))
-                        )
+                    elif gradient is not None:
+                        own = _gathered(gradient)
+                        wanted = expected.gradients.get(name, torch.zeros_like(own))  # frozen in one process
+                        gradients.append((name, _relative_to((own - wanted).abs().max(), wanted.abs().max())))
             engine.update(
                 result, learning_rate=learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
             )
         updates = []
         for name, weight in engine.weights():
-            moved = _whole(weight) - expected.weights[name]
+            moved = _gathered(weight) - expected.weights[name]
             updates.append((name, _relative_to((moved - expected.updates[name]).norm(), expected.updates[name].norm())))
         found = Verdict(
             mesh=_mesh(recipe, blueprint),
@@ -301,6 +341,8 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
     elif recipe.layout.data > 1:
         groups = f" in groups of {parallel.shard}" if recipe.layout.replicas > 1 else ""
         words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
+    if recipe.lora is not None:
+        words.append(f"adapters of rank {recipe.lora.rank}")
     if recipe.parallel.expert > 1:
         words.append(f"experts over {recipe.parallel.expert} ranks")
     if recipe.precision.compute != "float32":
@@ -308,7 +350,7 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
     return ", ".join(words)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
