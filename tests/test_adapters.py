@@ -139,6 +139,11 @@ def recipe_with(lora: dict[str, Any], **changes: Any) -> Recipe:
         ("llama", {"targets": ["q_proj", "lm_head"]}, "lora.targets=lm_head is no linear in a layer of this llama"),
         ("llama", {"targets": []}, "lora.targets=[] names nothing; use all-linear, or down_proj, gate_proj"),
         ("llama", {"modules_to_save": ["mlp"]}, "lora.modules_to_save=mlp is no module with weights of its own"),
+        (
+            "qwen3_moe",  # of which one layer has no experts
+            {"targets": ["gate_proj"]},
+            "lora.targets=gate_proj is no linear in a layer of this qwen3_moe; use all-linear, or k_proj",
+        ),
         ("mixtral", {"modules_to_save": ["gate"]}, "lora.modules_to_save=gate is no module with weights of its own"),
         ("llama", {"adapter": "nowhere"}, "lora.adapter=nowhere has no adapter_config.json; give a folder that peft's"),
         ("llama", {"adapter": "nowhere", "rank": 3}, "lora.rank=3 stands beside lora.adapter=nowhere"),

@@ -115,11 +115,18 @@ def peft_config(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> p
 
 
 def linears(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Names of the linears within layers of a model without adapters: what can be a target."""
+    """Names of the linears within layers of a model without adapters: what can be a target.
+
+    Where some layers have experts in place of a feed-forward, those of the other layers' feed-forwards are left out:
+    peft takes their names for those of experts.
+    """
     layers = f"{anatomy.base}.{anatomy.layers}."
     kinds = ("Linear", "Conv1D")  # the second is GPT-2's linear, transposed
+    feed_forward = f".{anatomy.experts.rpartition('.')[0]}." if anatomy.experts else None
     return [
-        name for name, module in model.named_modules() if name.startswith(layers) and type(module).__name__ in kinds
+        name
+        for name, module in model.named_modules()
+        if name.startswith(layers) and type(module).__name__ in kinds and not (feed_forward and feed_forward in name)
     ]
 
 
