@@ -13,7 +13,14 @@ from typing import Annotated
 
 import typer
 
-_EXTRAS = {"datasets": "data", "matplotlib": "track", "ray": "ray", "torch": "train", "transformers": "train"}
+_EXTRAS = {
+    "datasets": "data",
+    "matplotlib": "track",
+    "peft": "lora",
+    "ray": "ray",
+    "torch": "train",
+    "transformers": "train",
+}
 """What `pip install 'cuboid[...]'` brings a package that is missing."""
 
 app = typer.Typer(
@@ -47,6 +54,8 @@ class Format(StrEnum):
     """What an export makes."""
 
     hf = "hf"
+    adapter = "adapter"
+    merged = "merged"
 
 
 def main() -> None:
@@ -167,15 +176,24 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or one checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     to: Annotated[
-        Format, typer.Option(help="hf: a folder that AutoModelForCausalLM.from_pretrained loads.")
+        Format,
+        typer.Option(
+            help="hf: a folder that AutoModelForCausalLM.from_pretrained loads; of a run with lora adapter: one that "
+            "PeftModel.from_pretrained loads, and merged: the whole model with it, as hf."
+        ),
     ] = Format.hf,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Write a checkpoint's model for transformers, and prove that it gives equal logits there."""
     with told():
-        from cuboid.trainer.export import export_hf
+        if to is Format.hf:
+            from cuboid.trainer.export import export_hf
 
-        done = export_hf(source, out, overwrite=overwrite)
+            done = export_hf(source, out, overwrite=overwrite)
+        else:
+            from cuboid.trainer.export_adapter import export_adapter
+
+            done = export_adapter(source, out, merge=to is Format.merged, overwrite=overwrite)
         for fault in done.refused:
             typer.echo(f"refused: {fault}", err=True)
         typer.echo(

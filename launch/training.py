@@ -63,8 +63,9 @@ def closing_lines(recipe: Recipe, folder: Path) -> list[str]:
         "next": None,
     }
     if newest:
-        target = shlex.join(["--out", f"{recipe.name}-hf"])
-        places["next"] = f"{this_command()} export {shlex.quote(shown(folder))} --to hf {target}"
+        kind = "hf" if recipe.lora is None else "merged" if recipe.model.pretrained is None else "adapter"
+        target = shlex.join(["--to", kind, "--out", f"{recipe.name}-{kind}"])
+        places["next"] = f"{this_command()} export {shlex.quote(shown(folder))} {target}"
     return [f"{what:<12}{where}" for what, where in places.items() if where]
 
 

@@ -36,10 +36,11 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
         raise UserError(
             "--shrink none cannot tell: experts just made of a dense model are all alike; use --shrink auto"
         )
-    from cuboid.trainer.verify import reference, run_mesh, small_recipe, verdict
+    from cuboid.trainer.one_process import reference
+    from cuboid.trainer.verify import comparable, run_mesh, small_recipe, verdict
 
     folder = Path(tempfile.mkdtemp(prefix="cuboid-verify-"))
-    recipe = small_recipe(original, folder) if shrink else original
+    recipe = comparable(small_recipe(original, folder) if shrink else original)
     expected = reference(recipe, original)
     code = local.launch(recipe, folder, train=partial(run_mesh, expected=expected), quiet=True)
     if code:
@@ -55,7 +56,7 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
 
 def _print(found: Verdict, recipe: Recipe, *, shrunk: bool) -> None:
     from cuboid.trainer.model_config import read_checked_config
-    from cuboid.trainer.verify import STEPS
+    from cuboid.trainer.one_process import STEPS
 
     layers = f", shrunk to {read_checked_config(recipe.model).num_hidden_layers} layers" if shrunk else ""
     print(f"one process against {found.mesh}{layers}")

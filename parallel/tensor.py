@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, t = T / ranks, D model, F features of a rank, V vocab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -50,7 +51,20 @@ class Role(StrEnum):
 
 
 Plan = Mapping[str, Role]
-"""Role of every module that holds parameters, by its name in the whole model with ``*`` for the layer's index."""
+"""Role of every module that holds parameters, by its name in the whole model with ``*`` for the layer's index; without
+adapters, whose own roles follow from it."""
+_PART = re.compile(r"\.(base_layer|lora_A|lora_B|modules_to_save)(\.[^.]+)?$")
+"""What peft calls the parts of a linear with an adapter, and a module that is trained whole."""
+_ADAPTER: Mapping[Role, Mapping[str, Role]] = {
+    Role.COLUMN: {"lora_A": Role.HEADS, "lora_B": Role.COLUMN},
+    Role.COLUMN_GATHERED: {"lora_A": Role.HEADS, "lora_B": Role.COLUMN_GATHERED},
+    Role.ROW: {"lora_A": Role.ROW, "lora_B": Role.TOKENS},
+    Role.ROW_CUT: {"lora_A": Role.ROW_CUT, "lora_B": Role.TOKENS},
+}
+"""Roles of the two matrices beside a linear of each role (y = W x + B A x: Hu et al. 2022, "LoRA", section 4.1). Beside
+a column A [r, D] is whole and reads all tokens, and each rank's rows of B give a part of its gradient. Beside a row A
+is cut as W is, [B, T, F] -> partial sums -> [B, t, r], so that r numbers of a token travel, and B [D, r] is whole and
+reads this rank's tokens."""
 
 
 def apply_tensor_parallel(stage: nn.Module, mesh: DeviceMesh, plan: Plan, *, sequence: bool = True) -> None:
@@ -66,13 +80,12 @@ def apply_tensor_parallel(stage: nn.Module, mesh: DeviceMesh, plan: Plan, *, seq
     for name, module in list(stage.named_modules()):
         if not module._parameters:
             continue
-        role = plan.get(pattern(name))
-        assert role is not None, f"no tensor-parallel role for {name}"
+        role = _role(plan, name)
         if role is Role.EXPERTS:
             continue
         _distribute(module, mesh, role, shared, sequence=sequence)
         if role in (Role.COLUMN, Role.COLUMN_GATHERED):
-            entered.add(stage.get_submodule(name.rpartition(".")[0]))
+            entered.add(stage.get_submodule(adapted(name).rpartition(".")[0]))
         _WRAP[role](module, mesh, sequence)
     for block in entered:
         _enter_block(block, mesh, sequence)
@@ -81,6 +94,19 @@ def apply_tensor_parallel(stage: nn.Module, mesh: DeviceMesh, plan: Plan, *, seq
 def pattern(name: str) -> str:
     """``model.layers.7.mlp.up_proj`` -> ``model.layers.*.mlp.up_proj``."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def adapted(name: str) -> str:
+    """``layers.*.q_proj.lora_A.default`` -> ``layers.*.q_proj``: what a part of an adapter belongs to; the name itself
+    where it is of none."""
+    return _PART.sub("", name)
+
+
+def _role(plan: Plan, name: str) -> Role:
+    role = plan.get(pattern(adapted(name)))
+    assert role is not None, f"no tensor-parallel role for {name}"
+    part = _PART.search(name)
+    return _ADAPTER[role][part[1]] if part and part[1].startswith("lora_") else role
 
 
 def _placements(role: Role, module: nn.Module, parameter: str) -> Placement:

@@ -82,6 +82,15 @@ FROZEN: dict[str, tuple[str, ...]] = {
 }
 """Which parameters are not trained. A tied head goes with the embedding; `test_frozen` says which stages are whole."""
 
+LORA: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "all": {"rank": 4, "alpha": 8.0},
+    "some": {"targets": ["q_proj", "v_proj", "down_proj"], "rank": 3, "alpha": 6.0, "rslora": True},
+    "biases": {"rank": 2, "alpha": 4.0, "bias": "all"},
+    "whole": {"rank": 4, "alpha": 8.0, "modules_to_save": ["embed_tokens", "norm", "lm_head"]},
+}
+"""Adapters; their matrices get values away from zero, so that each has a gradient."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -104,6 +113,7 @@ class Case:
     """A folder."""
     prune: str | None = None
     """A method."""
+    lora: str = "none"
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
@@ -112,6 +122,7 @@ class Case:
         words += [self.prune] if self.prune else []
         words += ["taught"] * (self.teacher is not None)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
+        words += [f"lora-{self.lora}"] * (self.lora != "none")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
 
     @property
@@ -124,6 +135,7 @@ class Case:
         parallel.pop("frozen")
         parallel.pop("capacity_factor")
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
+        parallel.pop("lora")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -134,6 +146,7 @@ class Case:
                 "moe": moe,
                 "distill": teacher and {"teacher": teacher, **TEACHING},
                 "prune": method and {"method": method, **PRUNING[method]},
+                "lora": LORA[self.lora],
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
                     "eps": EPS,

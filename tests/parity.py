@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM
 from cuboid.parallel.gradients import local
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
+from cuboid.trainer.adapters import inject, with_adapters
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import Engine
-from cuboid.trainer.model import draw_blueprint, whole_masks
+from cuboid.trainer.model import draw_blueprint, find_parts, whole_masks
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
@@ -82,6 +83,12 @@ def one_process(case: Case) -> nn.Module:
             noise = 0.1 * torch.randn_like(parameter)
             parameter.copy_(parameter + noise if parameter.dim() == 1 else 3 * parameter)
     freeze(model, case.frozen)
+    if (lora := case.recipe().lora) is not None:
+        inject(model, lora, find_parts(model))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.normal_(std=0.1)
     return model
 
 
@@ -135,11 +142,12 @@ def reference(
     tied: bool,
     frozen: str = "nothing",
     capacity_factor: float | None = None,
+    lora: str = "none",
     teacher: str | None = None,
     prune: str | None = None,
 ) -> Reference:
-    """Plain transformers and torch: the whole model, the whole batch, clipped AdamW."""
-    case = Case(family=family, tied=tied, frozen=frozen, capacity_factor=capacity_factor, prune=prune)
+    """Plain transformers, peft and torch: the whole model, the whole batch, clipped AdamW."""
+    case = Case(family=family, tied=tied, frozen=frozen, capacity_factor=capacity_factor, lora=lora, prune=prune)
     model, moe = one_process(case), case.recipe().moe
     taught_by = AutoModelForCausalLM.from_pretrained(teacher) if teacher else None
     balance = PlainBalance(model, moe) if moe else None
@@ -176,6 +184,10 @@ def reference(
     for name, update in updates.items():
         assert update.norm() > 0, f"{name} does not move"
     return Reference(before, batches, losses, norms, gradients[0], updates)
+
+
+def expected_of(case: Case) -> Reference:
+    return reference(case.family, case.tied, case.frozen, case.capacity_factor, case.lora, case.teacher, case.prune)
 
 
 @dataclass(frozen=True)
@@ -287,6 +299,8 @@ def assembled(case: Case, weights: Mapping[str, torch.Tensor], folder: Path | No
     with connect(recipe.layout, timeout_seconds=60) as block:
         blueprint = draw_blueprint(read_checked_config(recipe.model))
         freeze(blueprint.model, case.frozen)
+        if recipe.lora is not None:
+            blueprint = with_adapters(blueprint, recipe.lora)
         given = from_full(weights.__getitem__) if folder is None else initial_weights(recipe, blueprint)
         yield assemble(recipe, block, blueprint, given)
 
@@ -349,13 +363,13 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
 
 def difference(case: Case, folder: Path | None = None) -> list[Difference]:
     """Of every rank; weights from ``folder``, where one is given."""
-    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher, case.prune)
+    expected = expected_of(case)
     return run_ranks(compare, case.world_size, case, expected, folder, timeout=120)
 
 
 def assert_same_numbers(case: Case, ranks: Iterable[Difference]) -> None:
     """Each rank's loss, gradient norm, gradients and updates are those of one process, within float rounding."""
-    expected = reference(case.family, case.tied, case.frozen, case.capacity_factor, case.teacher, case.prune)
+    expected = expected_of(case)
     assert set().union(*(rank.seen for rank in ranks)) == set(expected.weights), "every parameter stands somewhere"
     for rank in ranks:
         assert not rank.missing, f"no gradient: {rank.missing}"

@@ -20,7 +20,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     for tied in (False, True):
         model = one_process(Case(family="qwen3", tied=tied))
         with torch.no_grad():
-            model.get_output_embeddings().weight.mul_(4)
+            model.get_output_embeddings().weight.mul_(12)
         folders[tied] = str(tmp_path_factory.mktemp("teacher"))
         model.save_pretrained(folders[tied])
     return folders
@@ -41,6 +41,7 @@ MORE_CELLS = [
     Case(2, 1, 2, activation_checkpointing="full"),
     Case(2, 1, 1, frozen="leading"),
     Case(1, 2, 2, family="mixtral", expert=2),
+    Case(2, 1, 2, "zbv", lora="all"),
     ZeroCase(1, 2, 1, zero_stage=2),
     ZeroCase(2, 2, 1, zero_stage=1),
 ]

@@ -158,6 +158,11 @@ def test_the_share_grows_fast_at_first_to_what_is_wanted() -> None:
         ),
         (
             {},
+            {"lora": {"rank": 2}},
+            "prune={...} would change weights that lora leaves frozen; use null, or lora=null",
+        ),
+        (
+            {},
             {"parallel": {"engine": "deepspeed", "zero_stage": 1, "data": 2}},
             "parallel.engine=deepspeed updates parameters where no zero can be kept (prune); use native",
         ),

@@ -32,7 +32,8 @@ DOORS = {
     "deepspeed": {"trainer/zero.py"},
     "huggingface_hub": {"trainer/model.py", "trainer/model_config.py"},
     "matplotlib": {"trainer/timeline.py"},
-    "pydantic": {"trainer/recipe.py"},
+    "peft": {"trainer/adapters.py"},
+    "pydantic": {"trainer/recipe.py", "trainer/recipe_fields.py"},
     "ray": {"launch/ray_group.py"},
     "rich": {"launch/progress.py"},
     "safetensors": {"trainer/weights.py", "trainer/restore.py"},
@@ -47,6 +48,7 @@ DOORS = {
         "trainer/model_config.py",
         "trainer/tokenizer.py",
         "trainer/export.py",
+        "trainer/export_adapter.py",
         "recipes/prepare_smollm2.py",
     },
     "typer": {"launch/cli.py"},
@@ -62,7 +64,7 @@ DOORS = {
 }
 """The only files that may name a library or a call; everything else goes through them."""
 
-HEAVY = {"torch", "transformers", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
+HEAVY = {"torch", "transformers", "peft", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
 
 
 def sources(*folders: str) -> list[Path]:

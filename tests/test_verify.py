@@ -246,6 +246,19 @@ def test_planted_faults_of_experts_are_found(
     assert words in printed
 
 
+def test_adapters_are_compared_with_both_matrices_drawn(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = ("parallel.data=1", "lora={rank: 4, dropout: 0.1}")
+    code, printed = verify(*mesh)
+    assert code == 0, printed
+    assert "llama, adapters of rank 4, shrunk" in printed
+    gradient = next(line for line in printed.splitlines() if line.startswith("a parameter's gradient"))
+    assert ".lora_" in gradient
+    norm_left_plain(monkeypatch)  # A beside a column has the role of such a norm
+    code, printed = verify(*mesh)
+    assert code == 1, printed
+    assert "lora_A.default.weight  <- too much" in printed
+
+
 @pytest.mark.parametrize(
     ("plant", "words"),
     [

@@ -81,6 +81,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
         pruner=_pruner(recipe, block, blueprint, parameters),
+        saves_frozen=recipe.lora is None,
     )
 
 
@@ -180,9 +181,19 @@ def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:
     return split_layers(costs, recipe.parallel.pipeline * virtual_stages(recipe))
 
 
+def prepared(recipe: Recipe, blueprint: Blueprint) -> tuple[Blueprint, CopyInto]:
+    """The model that is trained, with adapters where the recipe has them, and its first values."""
+    weights = initial_weights(recipe, blueprint)
+    if recipe.lora is None:
+        return blueprint, weights
+    from cuboid.trainer.adapters import adapt
+
+    return adapt(recipe, blueprint, weights)
+
+
 def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
-    """Where the first values come from: a folder's safetensors, or the seed. Where experts are made of a dense model,
-    their routers come from the seed, and all else from the folder."""
+    """Where the model's own first values come from: a folder's safetensors, or the seed. Where experts are made of a
+    dense model, their routers come from the seed, and all else from the folder."""
     drawn = from_full(seeded_tensors(blueprint, seed=recipe.seed))
     if recipe.model.pretrained is None:
         return drawn

@@ -21,6 +21,7 @@ from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
 from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
+from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.check_prune import prunable_errors, prune_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
@@ -110,6 +111,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *_schedule_errors(recipe),
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *prune_errors(recipe),
+        *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *_length_errors(recipe),
         *_folder_errors(recipe),
         *_launch_errors(recipe),
@@ -309,6 +311,7 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
         if recipe.prune is not None:
             found = prunable(blueprint, recipe.prune.modules)
             yield from prunable_errors(recipe, config, found, prunable(blueprint, None))
+        yield from target_errors(recipe, blueprint)
         if recipe.parallel.tensor > 1:
             yield from _attempt(lambda: tensor_plan(blueprint))[0]
             if not recipe.parallel.sequence and blueprint.drops_hidden_states:

@@ -23,6 +23,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
             "parallel": recipe.parallel.model_copy(update=parallel | {"activation_checkpointing": "none"}),
             "moe": None,
             "distill": None,
+            "lora": None,
             "prune": None,
         }
     )

@@ -11,7 +11,8 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from cuboid.parallel.errors import FieldError
-from cuboid.trainer.recipe import Recipe, written
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe_fields import written
 
 _OLDEST = (0, 19, 3)
 """Before it DeepSpeed scaled gradients wrongly under a model-parallel group."""

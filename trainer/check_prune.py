@@ -32,6 +32,8 @@ def prune_errors(recipe: Recipe) -> Iterator[FieldError]:
         if settings.last_step != settings.begin_step:
             constraint = "lets a share grow that prune.method=2:4 fixes"
             yield FieldError("prune.end_step", settings.end_step, constraint, "use null, or magnitude")
+    if recipe.lora is not None:
+        yield FieldError("prune", "{...}", "would change weights that lora leaves frozen", "use null, or lora=null")
     if recipe.parallel.engine == "deepspeed":
         constraint = "updates parameters where no zero can be kept"
         yield FieldError("parallel.engine", "deepspeed", f"{constraint} (prune)", "use native")

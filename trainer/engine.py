@@ -198,6 +198,8 @@ class NativeEngine(Engine):
     optimizer: ShardedAdamW
     clip_grad_norm: float | None
     pruner: Pruner | None = None
+    saves_frozen: bool = True
+    """False where frozen parameters have their values from elsewhere: an adapter's base."""
 
     def prune(self, step: int) -> float | None:
         return self.pruner.prune(step) if self.pruner else None
@@ -229,8 +231,9 @@ class NativeEngine(Engine):
 
     def tensors(self) -> dict[str, Tensor]:
         """The engine's own memory: what is loaded into it is in place."""
-        state = {f"model.{name}": weight for name, weight in self.weights()}
-        assert len(state) == len(self.parameters), "two parameters of one rank share a name: only one would be loaded"
+        saved = [named for named in self.parameters if self.saves_frozen or named[1].requires_grad]
+        state: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in saved}
+        assert len(state) == len(saved), "two parameters of one rank share a name: only one would be loaded"
         beside = self.experts.tensors() if self.experts else {}
         return state | beside | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 

@@ -56,22 +56,17 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
         UserError: there is no valid checkpoint, or ``out`` may not be written.
         RunFailed: the folder does not give the checkpoint's logits.
     """
-    checkpoint, refused = _valid_checkpoint(Path(source))
-    out = _free_place(Path(out), checkpoint, overwrite=overwrite)
-    weights, facts = _open(checkpoint)
-    config = _config(facts, weights)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with _told(out):
-            discard(partial)  # of an export that was killed
-            partial.mkdir(parents=True)
-            _write_words(partial, config, facts["recipe"])
+    checkpoint, refused = valid_checkpoint(Path(source))
+    out = free_place(Path(out), checkpoint, overwrite=overwrite)
+    weights, facts = open_weights(checkpoint)
+    if facts["recipe"].get("lora"):
+        raise UserError(f"{checkpoint} holds an adapter alone; use --to adapter, or --to merged for a whole model")
+    config = trained_config(facts, weights)
+    with new_folder(out) as partial:
+        with told(out):
+            write_words(partial, config, facts["recipe"])
             _write_weights(partial, weights, family=config.model_type, shard_bytes=shard_bytes)
         difference = _difference(partial, weights, config)
-        with _told(out):
-            _put_in_place(partial, out)
-    finally:
-        discard(partial)
     return Exported(checkpoint, tuple(refused), difference, weights.left_out)
 
 
@@ -84,13 +79,19 @@ class Weights:
     left_out: tuple[str, ...]
     """Tensors of the checkpoint that the model computes with and its architecture does not know."""
 
+    def faults(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """In what the checkpoint's tensors are not these, in words."""
+        extra = [f"{name} is too much" for name in sorted(self.records.keys() - tensors.keys())]
+        return extra + faults_of(tensors, self.records)
+
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Read the whole of each of ``tensors`` in place."""
         table = {_MODEL + name: self.records[name] for name in tensors}
         read_tensors(self.path, table, {_MODEL + name: tensor for name, tensor in tensors.items()})
 
 
-def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
+def open_weights(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """The model's tensors and the facts of a checkpoint; raises CheckpointError where it has none."""
     manifest = read_manifest(path)
     table, facts = read_table(path, manifest), read_facts(path, manifest)
     records = {name.removeprefix(_MODEL): record for name, record in table.items() if name.startswith(_MODEL)}
@@ -102,14 +103,30 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which appears as ``out`` when all is done, and not at all where something fails."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with told(out):
+            discard(partial)  # of an export that was killed
+            partial.mkdir(parents=True)
+        yield partial
+        with told(out):
+            _put_in_place(partial, out)
+    finally:
+        discard(partial)
+
+
+@contextmanager
+def told(out: Path) -> Iterator[None]:
+    """What the disk refuses, in words."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
-def _valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
+def valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
     """A run's newest checkpoint whose every byte is right, or the given one; and the faults of newer ones."""
     refused: list[str] = []
     for folder in (source, source / "checkpoints"):
@@ -124,7 +141,8 @@ def _valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
     return path, []
 
 
-def _free_place(out: Path, checkpoint: Path, *, overwrite: bool) -> Path:
+def free_place(out: Path, checkpoint: Path, *, overwrite: bool) -> Path:
+    """``out`` as an absolute path that may be written; raises UserError where it may not."""
     out = out.absolute()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} exists and is not a folder; give another --out")
@@ -133,12 +151,12 @@ def _free_place(out: Path, checkpoint: Path, *, overwrite: bool) -> Path:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise UserError(f"{out} is not empty; give another --out, or --overwrite to replace it")
-        if not (out / "config.json").is_file():
+        if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"{out} is not empty and not a model's folder (no config.json); remove it yourself")
     return out
 
 
-def _config(facts: Mapping[str, Any], weights: Weights) -> transformers.PretrainedConfig:
+def trained_config(facts: Mapping[str, Any], weights: Weights) -> transformers.PretrainedConfig:
     """The architecture that was trained, in the dtype that most of it was saved in."""
     values = {key: value for key, value in facts["model_config"].items() if key not in _NOT_TAKEN}
     family = values.pop("model_type", None)
@@ -155,7 +173,7 @@ def _config(facts: Mapping[str, Any], weights: Weights) -> transformers.Pretrain
     return config
 
 
-def _write_words(folder: Path, config: transformers.PretrainedConfig, recipe: Mapping[str, Any]) -> None:
+def write_words(folder: Path, config: transformers.PretrainedConfig, recipe: Mapping[str, Any]) -> None:
     """config.json, generation_config.json and the tokenizer."""
     config.save_pretrained(folder)
     pretrained = recipe["model"]["pretrained"]
@@ -224,6 +242,12 @@ def _write_file(path: Path, weights: Weights, bundle: Sequence[_Stored]) -> None
         os.fsync(file.fileno())
 
 
+def probe(config: transformers.PretrainedConfig) -> Tensor:
+    """Token ids [2, T] on which two models are compared."""
+    tokens = min(64, getattr(config, "max_position_embeddings", 64))
+    return torch.randint(0, config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
 def _difference(folder: Path, weights: Weights, config: transformers.PretrainedConfig) -> float:
     """Largest difference between the logits of the loaded folder and of the architecture filled from the checkpoint.
@@ -231,16 +255,15 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
     Raises:
         RunFailed: it is over 1e-5, or the architecture and the checkpoint do not have the same tensors.
     """
-    tokens = min(64, getattr(config, "max_position_embeddings", 64))
-    ids = torch.randint(0, config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
+    ids = probe(config)
     direct = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
     parameters = {name: parameter.data for name, parameter in direct.named_parameters()}
-    if faults := _faults(parameters, weights):
+    if faults := weights.faults(parameters):
         raise RunFailed(f"{weights.path} cannot be exported as {type(direct).__name__}: {'; '.join(faults[:5])}")
     weights.fill(parameters)
     expected = direct(ids).logits
     del direct, parameters
-    with _no_progress_bar():
+    with no_progress_bar():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True)
     difference = (loaded.eval()(ids).logits - expected).abs().max().item()
     if not difference <= TOLERANCE:
@@ -250,7 +273,7 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -259,11 +282,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-def _faults(parameters: Mapping[str, Tensor], weights: Weights) -> list[str]:
-    extra = [f"{name} is too much" for name in sorted(weights.records.keys() - parameters.keys())]
-    return extra + faults_of(parameters, weights.records)
 
 
 def _put_in_place(partial: Path, out: Path) -> None:

@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
-from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
+from cuboid.trainer.adapter_folder import settings_of
+from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Batch, Dataset, prepare
 from cuboid.trainer.engine import Engine, NotFinite, StepResult
 from cuboid.trainer.manifest import steps
-from cuboid.trainer.model import draw_blueprint
+from cuboid.trainer.model import Blueprint, draw_blueprint, local_folder
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.prune import is_due
@@ -33,6 +34,7 @@ from cuboid.trainer.runlog import STOP_FILE
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
 from cuboid.trainer.version import version
+from cuboid.trainer.weights import fingerprint
 
 CHECKPOINTS = "checkpoints"
 _PATIENCE_SECONDS = 15.0
@@ -46,6 +48,8 @@ class Run:
     folder: Path
     block: Block
     model_config: dict[str, Any]
+    adapter: dict[str, Any] | None
+    """Of an adapter run: what is trained, and the fingerprint of the frozen rest."""
     versions: dict[str, str]
     """Of what computes; on rank 0."""
     dataset: Dataset
@@ -153,7 +157,9 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         held_out = prepare(settings, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
         _same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
     recorder.phase("data")
-    engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+    blueprint, weights = prepared(recipe, blueprint)
+    adapter = _adapter(recipe, blueprint)
+    engine = assemble(recipe, block, blueprint, weights)
     recorder.phase("model")
     versions = _versions(recipe) if block.rank == 0 else {}
     checkpointer = Checkpointer(
@@ -167,6 +173,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         folder=folder,
         block=block,
         model_config=config.to_dict(),
+        adapter=adapter,
         versions=versions,
         dataset=dataset,
         held_out=held_out,
@@ -180,6 +187,8 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         resume(run)
         layers = [len(stage) for stage in layers_of_stages(recipe, blueprint)]
         attention = blueprint.model.config._attn_implementation
+        if adapter is not None and block.rank == 0:
+            recorder.event("adapter", **adapter)
         recorder.started(run.step, versions=versions, attention=attention, layers_of_stages=layers)
         yield run
         checkpointer.close()
@@ -204,6 +213,9 @@ def resume(run: Run) -> None:
     facts = read_facts(path)  # before the tensors: a changed recipe is told by its field, not by a tensor's shape
     if wrong := differences(facts["recipe"], run.recipe):
         raise UserErrors(wrong)
+    if run.adapter is not None and facts["adapter"]["base"] != run.adapter["base"]:
+        words = f"the model in {run.recipe.model.pretrained} is not the one whose adapter {path.name} holds"
+        raise UserError(f"{words} (other weights); bring the old files back, or start anew with --fresh")
     stored, found = facts["data"]["fingerprint"], run.dataset.fingerprint
     if stored != found:
         words = f"the data (fingerprint {found[:12]}) is not what {path.name} was trained on ({stored[:12]})"
@@ -226,11 +238,25 @@ def save(run: Run) -> None:
         "run_id": run.recorder.run_id,
         "recipe": run.recipe.model_dump(mode="json"),
         "model_config": run.model_config,
+        **({"adapter": run.adapter} if run.adapter else {}),
         "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
         "versions": run.versions,
         "layout": asdict(run.block.layout),
     }
     run.checkpointer.save(run.step, run.engine.tensors(), facts)
+
+
+def _adapter(recipe: Recipe, blueprint: Blueprint) -> dict[str, Any] | None:
+    """What stands in the checkpoints of an adapter run beside its tensors, the same on every rank."""
+    if recipe.lora is None:
+        return None
+    from cuboid.trainer.adapters import trained_share
+
+    pretrained = recipe.model.pretrained
+    base = None if pretrained is None else fingerprint(local_folder(pretrained))
+    _same_on_every_rank("the frozen model's fingerprint", base or "")
+    settings = settings_of(recipe.lora).model_dump(mode="json")
+    return {"base": base, "settings": settings, **trained_share(blueprint)}
 
 
 def _save_is_due(run: Run, *, last: bool) -> bool:

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.expert import choice
 from cuboid.parallel.stages import Anatomy, Costs, Masks
-from cuboid.parallel.tensor import Plan, Role, pattern
+from cuboid.parallel.tensor import Plan, Role, adapted, pattern
 from cuboid.trainer.plans import USE_PROVEN, part_names, tensor_styles
 
 _ROLES = {
@@ -175,7 +175,7 @@ def tensor_plan(blueprint: Blueprint) -> Plan:
         plan |= {f"{layer}.{anatomy.experts}": Role.EXPERTS, f"{layer}.{anatomy.router}": Role.TOKENS}
     without: dict[str, str] = {}
     for name, module in blueprint.model.named_modules():
-        key = pattern(name)
+        key = pattern(adapted(name))
         if not module._parameters or key in plan:
             continue
         style = theirs.get(key.removeprefix(f"{anatomy.base}."))
@@ -252,7 +252,7 @@ def seeded_tensors(blueprint: Blueprint, *, seed: int) -> Callable[[str], Tensor
         block._modules = {key: _twin(sibling, device="meta") for key, sibling in block.named_children()}
         block._modules[child] = module
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(seed, owner))
+            torch.manual_seed(seed_of(seed, owner))
             blueprint.model._init_weights(module)
             blueprint.model._init_weights(block)  # GPT-2 starts lower in what writes into the residual stream
         return module.get_parameter(parameter).detach()
@@ -287,7 +287,8 @@ def _twin(module: nn.Module, *, device: str) -> nn.Module:
     return twin
 
 
-def _seed_of(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
+    """The seed of the module ``name``: what it draws depends on no other."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
 
 

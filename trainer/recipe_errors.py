@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from cuboid.parallel.errors import FieldError, UserError, one_of
-from cuboid.trainer.recipe import ErrorDetails, FieldInfo, Offered, Recipe, Settings, written
+from cuboid.trainer.recipe import ErrorDetails, FieldInfo, Recipe
+from cuboid.trainer.recipe_fields import Offered, Settings, written
 
 Path = tuple[str, ...]
 """A field's place in the recipe: ("parallel", "tensor")."""

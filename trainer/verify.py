@@ -1,40 +1,31 @@
-"""Promise 1 for one recipe: one process against its mesh, the same weights and data, every number compared.
-
-The one process is transformers' own model and torch's AdamW: it shares no line with the stages, axes and schedules that
-it judges, but the tokens, the first weights and the recipe.
-"""
+"""Promise 1 for one recipe: one process against its mesh, the same weights and data, every number compared."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import connect
-from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.adapter_folder import settings_of
+from cuboid.trainer.assemble import assemble
 from cuboid.trainer.check_distill import teacher_recipe
-from cuboid.trainer.data import Batch, prepare
-from cuboid.trainer.model import Blueprint, draw_blueprint, prunable, whole_masks, whole_model
-from cuboid.trainer.model_config import config_of, read_checked_config
-from cuboid.trainer.optimizer import is_decayed, learning_rate
-from cuboid.trainer.plain_experts import PlainBalance
-from cuboid.trainer.plain_pruning import PlainPruning
-from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.data import Batch
+from cuboid.trainer.model import Blueprint
+from cuboid.trainer.model_config import config_of
+from cuboid.trainer.one_process import Reference, first_values, undropped_blueprint, whole_with_values
+from cuboid.trainer.optimizer import learning_rate
+from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.shrink import shrink_recipe
-from cuboid.trainer.tokenizer import open_tokenizer
-from cuboid.trainer.tokens import cache_folder
 
-STEPS = 3
 TOLERANCES = {
     "float32": {"loss_rel": 1e-6, "grad_norm_rel": 1e-5, "gradient_rel": 1e-5, "update_rel": 1e-3},
     "bfloat16": {"loss_rel": 2e-4, "grad_norm_rel": 1e-2, "gradient_rel": 5e-2, "update_rel": 5e-1},
@@ -44,23 +35,6 @@ largest element, and an update by 6e-5 of its norm: AdamW divides by the gradien
 as much as large. In bfloat16, which rounds each number by up to 2e-3, one process on stages is as far from
 transformers: 2e-5, 1e-2 and 1e-1. A fault of parallelism moves some gradient by about its own size in either."""
 _RESULTS = "verify"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What one process computes; tensors by global name."""
-
-    weights: Mapping[str, Tensor]
-    """Before the first step."""
-    batches: list[Batch]
-    """The whole global batch of each step."""
-    losses: list[float]
-    grad_norms: list[float]
-    """Before clipping."""
-    gradients: Mapping[str, Tensor]
-    """Of the first step, before clipping."""
-    updates: Mapping[str, Tensor]
-    """Weights after the last step minus weights before the first."""
 
 
 @dataclass(frozen=True)
@@ -123,163 +97,17 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     teacher = teacher_recipe(recipe)
     # of another seed: a teacher that says the same as its student teaches nothing
     of_teacher = shrink_recipe(teacher, config_of(teacher)).model_copy(update={"seed": recipe.seed + 1})
-    _whole(of_teacher, _blueprint(of_teacher)).save_pretrained(folder / "teacher")
+    whole_with_values(of_teacher, undropped_blueprint(of_teacher)).save_pretrained(folder / "teacher")
     return small.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": str(folder / "teacher")})})
 
 
-def reference(recipe: Recipe, original: Recipe) -> Reference:
-    """What plain transformers and torch compute in this process.
-
-    Args:
-        recipe: whose model is trained.
-        original: whose tokenizer and text are read; ids beyond a smaller vocabulary wrap around.
-    """
-    torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
-    blueprint = _blueprint(recipe)
-    model = _whole(recipe, blueprint)
-    teaching = _teaching(recipe)
-    masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
-    model.to(blueprint.compute)
-    balance = PlainBalance(model, recipe.moe or MoeSettings())
-    pruning = _pruning(recipe, blueprint, masters)
-    settings = recipe.optimizer
-    groups = [
-        {
-            "params": [p for name, p in masters.items() if is_decayed(name, p) is wanted],
-            "weight_decay": settings.weight_decay if wanted else 0.0,
-        }
-        for wanted in (True, False)
-    ]
-    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=settings.betas, eps=settings.eps)
-    weights = {name: parameter.detach().clone() for name, parameter in masters.items()}
-    batches = _batches(recipe, original)
-    losses, norms, gradients = [], [], {}
-    for step, batch in enumerate(batches, start=1):
-        rows = recipe.batch_plan.microbatch_size
-        if pruning:
-            pruning.begin(step)
-        losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
-        if pruning:
-            pruning.mask_gradients()
-        if step == 1:
-            gradients = {name: _gradient(name, parameter) for name, parameter in masters.items()}
-        limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
-        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), limit).item())
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(step, steps=recipe.train.steps, settings=settings)
-        adamw.step()
-        adamw.zero_grad()
-        balance.end_step()
-        if pruning:
-            pruning.end()
-    updates = {name: parameter.detach() - weights[name] for name, parameter in masters.items()}
-    return Reference(weights, batches, losses, norms, gradients, updates)
-
-
-def _blueprint(recipe: Recipe) -> Blueprint:
-    """Without dropout: no other mesh draws the same masks."""
-    config = config_of(recipe)
-    for key, value in list(vars(config).items()):
-        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-            setattr(config, key, 0.0)
-    return draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
-
-
-def _whole(recipe: Recipe, blueprint: Blueprint) -> Any:
-    """The whole model of transformers with the recipe's first values."""
-    model, read = whole_model(blueprint), initial_weights(recipe, blueprint)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
-    return model
-
-
-def _logits(model: nn.Module, blueprint: Blueprint, batch: Batch) -> Tensor:
-    masks, positions = whole_masks(blueprint, batch.position_ids), batch.position_ids
-    return model(
-        input_ids=batch.input_ids, position_ids=positions, attention_mask=masks, use_cache=False
-    ).logits.float()
-
-
-def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | None:
-    """(batch, the student's logits, its summed loss on the labels) -> the summed loss with the teacher's share."""
-    if (settings := recipe.distill) is None:
-        return None
-    own = teacher_recipe(recipe)
-    blueprint = _blueprint(own)
-    teacher = _whole(own, blueprint).to(blueprint.compute).eval().requires_grad_(False)
-
-    def taught(batch: Batch, logits: Tensor, from_labels: Tensor) -> Tensor:
-        both = (logits, _logits(teacher, blueprint, batch))
-        student, wanted = (F.log_softmax(each / settings.temperature, -1) for each in both)
-        divergence = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE].sum()
-        return (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
-
-    return taught
-
-
-def _pruning(recipe: Recipe, blueprint: Blueprint, masters: Mapping[str, nn.Parameter]) -> PlainPruning | None:
-    if recipe.prune is None:
-        return None
-    names = prunable(blueprint, recipe.prune.modules)
-    return PlainPruning({name: masters[name] for name in names}, recipe.prune)
-
-
-def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, f"one process gives {name} no gradient"
-    return parameter.grad.clone()
-
-
-def _backward(
-    blueprint: Blueprint,
-    model: nn.Module,
-    masters: Mapping[str, nn.Parameter],
-    balance: PlainBalance,
-    batch: Batch,
-    *,
-    rows: int,
-    teaching: Callable[[Batch, Tensor, Tensor], Tensor] | None,
-) -> float:
-    """Loss and gradients of the global batch, some rows at a time: a sum, divided by the one count. The model computes
-    on copies of the masters in its own dtype, and their gradients are added up in float32. Experts are balanced beside
-    the loss. ``teaching`` makes the loss of a teacher's."""
-    count, total = int((batch.labels != IGNORE).sum()), 0.0
-    copies = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in masters.items():
-            copies[name].copy_(parameter)
-    for start in range(0, len(batch.labels), rows):
-        part = slice(start, start + rows)
-        some = Batch(batch.input_ids[part], batch.labels[part], batch.position_ids[part])
-        balance.begin(len(some.labels))
-        logits, labels = _logits(model, blueprint, some), some.labels
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        loss = (teaching(some, logits, loss) if teaching else loss) / count
-        (loss + balance.loss(labels, count)).backward()
-        total += loss.item()
-        for name, parameter in masters.items():
-            gradient = copies[name].grad
-            if gradient is not None:
-                parameter.grad = gradient.float() if parameter.grad is None else parameter.grad + gradient.float()
-        model.zero_grad()
-    return total
-
-
-def _batches(recipe: Recipe, original: Recipe) -> list[Batch]:
-    """The recipe's first global batches, their labels thinned by more in each row: only where microbatches and ranks
-    predict unequally many tokens does a mean of means differ from the mean."""
-    vocabulary = read_checked_config(original.model).vocab_size
-    tokenizer = open_tokenizer(original.data.tokenizer, pretrained=original.model.pretrained, vocab_size=vocabulary)
-    dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
-    smaller, rows = read_checked_config(recipe.model).vocab_size, recipe.train.global_batch
-    batches = []
-    for step in range(STEPS):
-        batch = dataset.batch(range(step * rows, (step + 1) * rows))
-        labels = torch.where(batch.labels == IGNORE, IGNORE, batch.labels % smaller)
-        for row in range(rows):
-            labels[row, : row * labels.shape[1] // rows] = IGNORE
-        batches.append(Batch(batch.input_ids % smaller, labels, batch.position_ids))
-    return batches
+def comparable(recipe: Recipe) -> Recipe:
+    """The recipe with adapters that can be compared: without dropout, whose masks are each mesh's own, and with drawn
+    values, since those of a saved adapter fit the model that is not shrunk."""
+    if recipe.lora is None:
+        return recipe
+    settings = settings_of(recipe.lora).model_copy(update={"adapter": None, "dropout": 0.0})
+    return recipe.model_copy(update={"lora": settings})
 
 
 def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
@@ -287,8 +115,8 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
     # gathering a whole parameter to look at it is allowed to be slow
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     with connect(recipe.layout, timeout_seconds=recipe.launch.timeout_seconds, device=torch.device("cpu")) as block:
-        blueprint = _blueprint(recipe)
-        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        blueprint, weights = first_values(recipe, undropped_blueprint(recipe))
+        engine = assemble(recipe, block, blueprint, weights)
         losses, norms, missing, gradients = [], [], [], []
         for step, batch in enumerate(expected.batches, start=1):
             share = recipe.train.global_batch // block.layout.data
@@ -299,19 +127,18 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
             norms.append(_relative(result.grad_norm, expected.grad_norms[step - 1]))
             if step == 1:
                 for name, gradient in engine.gradients():
-                    if gradient is None:
+                    if gradient is None and name in expected.gradients:
                         missing.append(name)
-                    else:
-                        wanted = expected.gradients[name]
-                        gradients.append(
-                            (name, _relative_to((_full(gradient) - wanted).abs().max(), wanted.abs().max()))
-                        )
+                    elif gradient is not None:
+                        own = _gathered(gradient)
+                        wanted = expected.gradients.get(name, torch.zeros_like(own))  # frozen in one process
+                        gradients.append((name, _relative_to((own - wanted).abs().max(), wanted.abs().max())))
             engine.update(
                 result, learning_rate=learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
             )
         updates = []
         for name, weight in engine.weights():
-            moved = _full(weight) - expected.weights[name]
+            moved = _gathered(weight) - expected.weights[name]
             updates.append((name, _relative_to((moved - expected.updates[name]).norm(), expected.updates[name].norm())))
         found = Verdict(
             mesh=_mesh(recipe, blueprint),
@@ -357,6 +184,8 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
     elif recipe.layout.data > 1:
         groups = f" in groups of {parallel.shard}" if recipe.layout.replicas > 1 else ""
         words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
+    if recipe.lora is not None:
+        words.append(f"adapters of rank {recipe.lora.rank}")
     if recipe.parallel.expert > 1:
         words.append(f"experts over {recipe.parallel.expert} ranks")
     if recipe.prune is not None:
@@ -368,7 +197,7 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
     return ", ".join(words)
 
 
-def _full(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

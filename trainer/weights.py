@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +19,8 @@ from cuboid.parallel.errors import UserError
 from cuboid.parallel.gradients import local
 from cuboid.trainer.hf_layout import Tile, tiles
 
+_PROBES, _PROBE_BYTES = 64, 2**16
+"""How many blocks of each file a fingerprint reads, and how large: a small file is read whole."""
 _BLOCK_BYTES = 2**20
 """A tensor is copied from its file in blocks of about this size: what a rank holds beside its shard."""
 
@@ -104,6 +107,43 @@ def from_safetensors(
                 _copy(files[tile.key], tile.key, there, target[here])
 
     return copy_into
+
+
+def from_file(path: Path, stored_name: Callable[[str], str]) -> CopyInto:
+    """Read shards of one safetensors file, in which a tensor is called what ``stored_name`` makes of its name."""
+
+    def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
+        _copy(path, stored_name(name), part, target)
+
+    return copy_into
+
+
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    """Name and shape of each tensor of one safetensors file; raises UserError where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no readable safetensors: {error}") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a folder's safetensors files: names, sizes, headers, and blocks of bytes spread evenly over each.
+
+    Other weights of the same architecture differ in every block; hashing every byte of a large model would take longer
+    than its start.
+    """
+    sha = hashlib.sha256()
+    for path in sorted(set(_tensor_files(folder).values())):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            sha.update(file.read(header))
+            for index in range(_PROBES):
+                file.seek(8 + header + (size - 8 - header) * index // _PROBES)
+                sha.update(file.read(_PROBE_BYTES))
+    return sha.hexdigest()
 
 
 def _copy(path: Path, stored: str, part: tuple[slice, ...], target: Tensor) -> None:

@@ -1,0 +1,43 @@
+"""Adapters: on every mesh they train as in peft's own model in one process, and the frozen rest keeps its bits."""
+
+from __future__ import annotations
+
+import pytest
+from cases import Case
+from harness import run_ranks
+from parity import assert_same_numbers, compare, difference, expected_of
+
+from cuboid.parallel import tensor
+from cuboid.parallel.tensor import Role
+
+CASES = [
+    Case(1, 2, 2, lora="all", activation_checkpointing="full"),
+    Case(2, 2, 2, "zbv", tied=True, shard=False, lora="some"),
+    Case(2, 1, 2, "1f1b", "gpt2", lora="all"),  # transposed linears, a column gathered, a row cut
+    Case(2, 1, 2, "gpipe", sequence=False, lora="whole"),
+]
+EVERY = [
+    Case(2, 2, 1, "interleaved_zero_bubble", "qwen3", lora="biases"),
+    Case(2, 1, 2, "dualpipe_v", "qwen2", tied=True, lora="biases"),
+    Case(2, 1, 2, "interleaved_1f1b", "phi3", lora="all"),
+    Case(2, 1, 2, "looped_bfs", "olmo2", lora="whole"),
+    Case(2, 2, 1, "zbv", "gemma2", lora="all"),
+    Case(1, 4, 1, shard=2, lora="all"),
+    Case(1, 2, 2, family="mixtral", expert=2, lora="all"),
+    Case(2, 2, 1, "1f1b", "qwen3_moe", expert=2, lora="whole"),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in EVERY)], ids=str)
+def test_adapters_train_as_in_one_process(case: Case) -> None:
+    assert_same_numbers(case, difference(case))
+
+
+def test_a_gradient_that_is_not_summed_over_tensor_ranks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beside a column, with the part of its gradient that comes through this rank's rows of B taken for the whole."""
+    case = Case(1, 1, 2, sequence=False, lora="all")
+    forgotten = {**tensor._ADAPTER, Role.COLUMN: {"lora_A": Role.TOKENS, "lora_B": Role.COLUMN}}
+    monkeypatch.setattr(tensor, "_ADAPTER", forgotten)
+    ranks = run_ranks(compare, case.world_size, case, expected_of(case), timeout=120)
+    assert all(rank.gradient > 1e-2 for rank in ranks)
+    assert all(".lora_A." in rank.worst_gradient for rank in ranks)

@@ -1,0 +1,73 @@
+"""An adapter that peft has saved: what its adapter_config.json says, as the recipe's settings. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cuboid.parallel.errors import FieldError
+from cuboid.trainer.recipe_lora import LoraSettings
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_OURS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "bias": "bias",
+    "use_rslora": "rslora",
+    "target_modules": "targets",
+    "modules_to_save": "modules_to_save",
+}
+"""peft's keys and the recipe's."""
+_WITHOUT_EFFECT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+)
+"""Keys that change nothing of what the saved values compute, or that are checked by themselves."""
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+"""First values that leave the model beside them as it is; pissa and its like take their part out of it."""
+
+
+def settings_of(lora: LoraSettings) -> LoraSettings:
+    """The settings, with those of the adapter that they go on from in its place.
+
+    Raises:
+        FieldError: there is no such adapter, or it is of a kind that is not offered.
+    """
+    if lora.adapter is None:
+        return lora
+    defaults = LoraSettings(adapter=lora.adapter)
+    if changed := [name for name, value in lora if value != getattr(defaults, name)]:
+        constraint = f"stands beside lora.adapter={lora.adapter}, whose {CONFIG} says it"
+        raise FieldError(f"lora.{changed[0]}", getattr(lora, changed[0]), constraint, "leave it out")
+    folder = Path(lora.adapter).expanduser()
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            constraint = f"has no {name}"
+            raise FieldError("lora.adapter", lora.adapter, constraint, "give a folder that peft's save_pretrained made")
+    try:
+        said: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        given = {ours: said[theirs] for theirs, ours in _OURS.items()}
+        given = {key: value for key, value in given.items() if value is not None}
+        settings = LoraSettings.model_validate({**given, "alpha": float(given["alpha"]), "adapter": lora.adapter})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        constraint = f"has an {CONFIG} that cannot be gone on from: {str(error).splitlines()[0]}"
+        raise FieldError("lora.adapter", lora.adapter, constraint, "use a LoRA adapter of named targets") from None
+    others = [key for key, value in said.items() if value and key not in (*_OURS, *_WITHOUT_EFFECT)]
+    if said.get("peft_type") != "LORA":
+        others = [f"peft_type={said.get('peft_type')}"]
+    if (init := said.get("init_lora_weights", True)) not in _PLAIN_INITS:
+        others.append(f"init_lora_weights={init}, which changes the model itself")
+    if others:
+        constraint = f"uses {', '.join(others)}, which is not offered"
+        raise FieldError("lora.adapter", lora.adapter, constraint, "use a plain LoRA adapter")
+    return settings

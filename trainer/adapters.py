@@ -1,0 +1,194 @@
+"""The peft door: adapters put into a model's shape on `meta`, their first values, and what is trained of it.
+
+peft names what it adds: ``q_proj`` becomes ``q_proj.base_layer`` with ``q_proj.lora_A.default`` and
+``q_proj.lora_B.default`` beside it, a module that is trained whole ``lm_head.modules_to_save.default``. These are the
+global names of an adapter run; `base_name` takes them back to the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from cuboid.parallel.stages import Anatomy
+from cuboid.trainer.adapter_folder import TENSORS, settings_of
+from cuboid.trainer.model import Blueprint, seed_of
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe_lora import LoraSettings
+from cuboid.trainer.weights import CopyInto, from_file, from_full, shapes_in
+
+ADAPTER = "default"
+"""peft's name of a model's only adapter."""
+_INITS: Mapping[str, bool | str] = {"default": True, "gaussian": "gaussian"}
+_WRAPPED = re.compile(rf"\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.{ADAPTER}(?=\.)")
+
+
+def adapt(recipe: Recipe, blueprint: Blueprint, weights: CopyInto) -> tuple[Blueprint, CopyInto]:
+    """The recipe's model with its adapters, and the first values of all of it.
+
+    Args:
+        blueprint: of the model alone.
+        weights: its values, by its own names.
+    """
+    assert recipe.lora is not None
+    settings = settings_of(recipe.lora)
+    adapted = with_adapters(blueprint, settings)
+    if settings.adapter is None:
+        first = from_full(lambda name: _drawn(adapted, name, settings, seed=recipe.seed))
+        given = {name for name in trained(adapted.model) if ".lora_" in name}
+    else:
+        first, given = from_file(_file(settings.adapter), stored_name), set(trained(adapted.model))
+
+    def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
+        if name in given:
+            first(name, part, target)
+        else:
+            weights(base_name(name), part, target)
+
+    return adapted, copy_into
+
+
+def misfits(blueprint: Blueprint, settings: LoraSettings) -> list[str]:
+    """In what the adapter that is gone on from is not one of this model, in words."""
+    assert settings.adapter is not None
+    needed = {
+        stored_name(name): list(parameter.shape)
+        for name, parameter in trained(with_adapters(blueprint, settings).model).items()
+    }
+    found = shapes_in(_file(settings.adapter))
+    wrong = [f"{name} is missing" for name in sorted(needed.keys() - found.keys())]
+    wrong += [f"{name} is too much" for name in sorted(found.keys() - needed.keys())]
+    return wrong + [
+        f"{name} has shape {found[name]}, this model's has {shape}"
+        for name, shape in needed.items()
+        if found.get(name, shape) != shape
+    ]
+
+
+def _file(folder: str) -> Path:
+    return Path(folder).expanduser() / TENSORS
+
+
+def with_adapters(blueprint: Blueprint, settings: LoraSettings) -> Blueprint:
+    """The blueprint of the model with adapters beside its linears, all else frozen."""
+    model = copy.deepcopy(blueprint.model)
+    inject(model, settings, blueprint.anatomy)
+    return replace(blueprint, model=model)
+
+
+def inject(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> None:
+    """Put adapters into a whole model in place, on whatever device it is, and freeze what they leave."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft tells of GPT-2's transposed linears, and sees to them itself
+        peft.inject_adapter_in_model(peft_config(model, settings, anatomy), model, ADAPTER)
+    for module in model.modules():
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            module.original_module = nn.Identity()  # its copy alone is computed with
+
+
+def peft_config(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> peft.LoraConfig:
+    """The recipe's settings in peft's words."""
+    targets = settings.targets
+    if targets == "all-linear":  # peft's own would take parameters of fused experts with them
+        targets = tuple(sorted({name.rpartition(".")[2] for name in linears(model, anatomy)}))
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
+        target_modules=list(targets),
+        lora_dropout=settings.dropout,
+        bias=settings.bias,
+        use_rslora=settings.rslora,
+        modules_to_save=list(settings.modules_to_save) or None,
+        init_lora_weights=_INITS[settings.init],
+    )
+
+
+def linears(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Names of the linears within layers of a model without adapters: what can be a target.
+
+    Where some layers have experts in place of a feed-forward, those of the other layers' feed-forwards are left out:
+    peft takes their names for those of experts.
+    """
+    layers = f"{anatomy.base}.{anatomy.layers}."
+    kinds = ("Linear", "Conv1D")  # the second is GPT-2's linear, transposed
+    feed_forward = f".{anatomy.experts.rpartition('.')[0]}." if anatomy.experts else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(layers) and type(module).__name__ in kinds and not (feed_forward and feed_forward in name)
+    ]
+
+
+def base_name(name: str) -> str:
+    """``layers.0.q_proj.base_layer.weight`` -> ``layers.0.q_proj.weight``: the model's own name of a parameter that it
+    has without adapters."""
+    return _WRAPPED.sub("", name)
+
+
+def stored_name(name: str) -> str:
+    """``layers.0.q_proj.lora_A.default.weight`` -> ``base_model.model.layers.0.q_proj.lora_A.weight``: what a saved
+    adapter calls a parameter that is trained."""
+    without = re.sub(rf"(\.lora_[AB])\.{ADAPTER}(?=\.)", r"\1", name)
+    return f"base_model.model.{without.replace(f'.modules_to_save.{ADAPTER}.', '.')}"
+
+
+def whole_peft_model(model: nn.Module, settings: LoraSettings, anatomy: Anatomy, *, base: str | None) -> Any:
+    """peft's own model around a whole one, which it changes; a saved adapter will name ``base`` as what it is of."""
+    config = peft_config(model, settings, anatomy)
+    config.base_model_name_or_path = base
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config, ADAPTER)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """A whole model with the adapter of ``folder``, as users load it."""
+    return peft.PeftModel.from_pretrained(model, folder)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained of a model with adapters, by global name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_share(blueprint: Blueprint) -> dict[str, Any]:
+    """How many numbers are trained, of how many, and how many in each kind of module, largest first."""
+    by_module: Counter[str] = Counter()
+    for name, parameter in trained(blueprint.model).items():
+        owner = re.sub(r"\.lora_[AB]\.\w+", "", base_name(name)).rpartition(".")[0]
+        by_module[owner.rpartition(".")[2]] += parameter.numel()
+    every = sum(parameter.numel() for parameter in blueprint.model.parameters())
+    return {
+        "trained": by_module.total(),
+        "parameters": every,
+        "by_module": dict(by_module.most_common()),
+        "frozen_experts": bool(blueprint.anatomy.experts),
+    }
+
+
+def _drawn(blueprint: Blueprint, name: str, settings: LoraSettings, *, seed: int) -> Tensor:
+    """The first value of an adapter's matrix, whole, on the CPU: drawn by peft's own rule for the layer that it is of,
+    from a generator that is seeded by the run's seed and that layer's name."""
+    owner, _, parameter = name.partition(".lora_")
+    layer: Any = blueprint.model.get_submodule(owner)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, owner))
+        twin = copy.copy(layer)
+        twin._modules = dict(layer._modules)
+        for part in ("lora_A", "lora_B"):
+            on_meta = getattr(layer, part)[ADAPTER]
+            linear = nn.Linear(on_meta.in_features, on_meta.out_features, bias=on_meta.bias is not None)
+            twin._modules[part] = nn.ModuleDict({ADAPTER: linear})
+        twin.reset_lora_parameters(ADAPTER, _INITS[settings.init])
+    return twin.get_parameter(f"lora_{parameter}").detach()

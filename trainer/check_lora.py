@@ -1,0 +1,87 @@
+"""What `lora` cannot train, in words: no such module, one that is tied or fused, another engine. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from cuboid.parallel.errors import FieldError, one_of
+from cuboid.trainer.adapter_folder import settings_of
+from cuboid.trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cuboid.trainer.model import Blueprint
+    from cuboid.trainer.recipe_lora import LoraSettings
+
+
+def lora_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
+    """Every field that does not go with adapters, whatever the model.
+
+    Args:
+        runs_here: ranks start on this machine, so that the package must be there.
+    """
+    if recipe.lora is None:
+        return
+    if runs_here and find_spec("peft") is None:
+        yield FieldError("lora", "{...}", "needs the package peft", "pip install 'cuboid[lora]', or use null")
+    if recipe.parallel.engine == "deepspeed":
+        yield FieldError("parallel.engine", "deepspeed", "is not proven with lora", "use native")
+    if recipe.moe is not None and recipe.moe.experts is not None:
+        constraint = "makes experts that lora leaves frozen, and so alike for ever"
+        yield FieldError("moe.experts", recipe.moe.experts, constraint, "use null, or lora=null")
+
+
+def target_errors(recipe: Recipe, blueprint: Blueprint) -> Iterator[FieldError]:
+    """Every name in `lora` that the model has no such module for, with those that it has; and an adapter of another
+    model."""
+    if recipe.lora is None or find_spec("peft") is None:
+        return
+    from cuboid.trainer.adapters import misfits
+
+    try:
+        settings = settings_of(recipe.lora)
+    except FieldError as error:
+        yield error
+        return
+    errors = [*_linear_errors(settings, blueprint), *_whole_errors(settings, blueprint)]
+    if settings.adapter is None:
+        yield from errors
+    elif wrong := [f"{error.value} {error.constraint}" for error in errors] or misfits(blueprint, settings):
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        constraint = f"is no adapter of this {blueprint.config.model_type}: {'; '.join(wrong[:3])}{more}"
+        yield FieldError("lora.adapter", settings.adapter, constraint, "give the model that it was made of")
+
+
+def _linear_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:
+    from cuboid.trainer.adapters import linears
+
+    found = linears(blueprint.model, blueprint.anatomy)
+    remedy = f"use all-linear, or {one_of(_ends(found))}"
+    if settings.targets == ():
+        yield FieldError("lora.targets", "[]", "names nothing", remedy)
+    for target in () if settings.targets == "all-linear" else settings.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            constraint = f"is no linear in a layer of this {blueprint.config.model_type}"
+            yield FieldError("lora.targets", target, constraint, remedy)
+
+
+def _whole_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:
+    anatomy, family = blueprint.anatomy, blueprint.config.model_type
+    fused = (anatomy.experts, anatomy.router) if anatomy.experts else ()
+    leaves = [name for name, module in blueprint.model.named_modules() if module._parameters]
+    whole = [name for name in leaves if not name.endswith(fused)]
+    tied = {anatomy.head, f"{anatomy.base}.{anatomy.embedding}"} if anatomy.tied else set()
+    for wanted in settings.modules_to_save:
+        # peft compares the ends of names letter by letter: `norm` is input_layernorm too
+        taken = [name for name in whole if name.endswith(wanted)]
+        if not taken:
+            constraint = f"is no module with weights of its own of this {family}, or one of experts"
+            yield FieldError("lora.modules_to_save", wanted, constraint, f"use {one_of(_ends(whole))}")
+        elif tied.intersection(taken):
+            constraint = f"is tied in this {family}: trained apart, embedding and head would no longer be one"
+            yield FieldError("lora.modules_to_save", wanted, constraint, "leave it out")
+
+
+def _ends(names: Sequence[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})

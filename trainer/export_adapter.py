@@ -1,0 +1,127 @@
+"""An adapter run's checkpoint -> peft's adapter, or a whole model with it merged in; loaded again and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer.adapter_folder import TENSORS
+from cuboid.trainer.adapters import base_name, load_adapter, stored_name, whole_peft_model
+from cuboid.trainer.assemble import initial_weights
+from cuboid.trainer.export import (
+    Exported,
+    Weights,
+    free_place,
+    new_folder,
+    no_progress_bar,
+    open_weights,
+    probe,
+    told,
+    trained_config,
+    valid_checkpoint,
+    write_words,
+)
+from cuboid.trainer.manifest import CheckpointError
+from cuboid.trainer.model import Blueprint, draw_blueprint, local_folder, whole_model
+from cuboid.trainer.model_config import config_of
+from cuboid.trainer.recipe import Recipe, validated
+from cuboid.trainer.recipe_lora import LoraSettings
+from cuboid.trainer.weights import fingerprint, shapes_in
+
+TOLERANCE = 1e-5
+MERGED_TOLERANCE = 1e-4
+"""Of the largest logit: W + B A is one rounded matrix, where W x + B A x were two products."""
+
+
+def export_adapter(source: Path, out: Path, *, merge: bool = False, overwrite: bool = False) -> Exported:
+    """Write the adapter of a checkpoint, or of a run's newest valid one, for `PeftModel.from_pretrained`; with
+    ``merge`` the whole model with it, for `AutoModelForCausalLM.from_pretrained`.
+
+    The model is in memory whole, twice one after the other. ``out`` appears when all is written and checked.
+
+    Raises:
+        UserError: it is no adapter run's, its base has changed or stands in no folder, or ``out`` may not be written.
+        RunFailed: loaded again, it does not give the logits of the checkpoint's own values in peft's model.
+    """
+    checkpoint, refused = valid_checkpoint(Path(source))
+    out = free_place(Path(out), checkpoint, overwrite=overwrite)
+    weights, facts = open_weights(checkpoint)
+    recipe, settings = _recipe(checkpoint, facts, merge=merge)
+    blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention)
+    model = _filled(recipe, blueprint, settings, weights)
+    expected = _logits(model, blueprint)
+    with new_folder(out) as partial:
+        if merge:
+            with told(out), no_progress_bar():
+                model.merge_and_unload().save_pretrained(partial)
+                write_words(partial, trained_config(facts, weights), facts["recipe"])
+            del model
+            difference = (_logits(_loaded(partial), blueprint) - expected).abs().max() / expected.abs().max()
+        else:
+            with told(out):
+                model.save_pretrained(partial)
+            del model
+            _check_names(partial, weights)
+            assert recipe.model.pretrained is not None
+            loaded = load_adapter(_loaded(local_folder(recipe.model.pretrained)), partial)
+            difference = (_logits(loaded, blueprint) - expected).abs().max()
+        limit = MERGED_TOLERANCE if merge else TOLERANCE
+        if not difference <= limit:
+            words = f"its logits differ by {difference:.1e}, more than {limit:.0e}"
+            raise RunFailed(f"{checkpoint} was not exported: loaded again, {words}")
+    return Exported(checkpoint, tuple(refused), difference.item(), weights.left_out)
+
+
+def _recipe(checkpoint: Path, facts: dict[str, Any], *, merge: bool) -> tuple[Recipe, LoraSettings]:
+    """Of the run, where its adapter can be exported."""
+    recipe, errors = validated(facts["recipe"])
+    if recipe is None:
+        raise CheckpointError(f"{checkpoint} has a recipe that this version does not read: {errors[0]['msg']}")
+    if recipe.lora is None:
+        raise UserError(f"{checkpoint} is of a run without lora: it holds the whole model; use --to hf")
+    pretrained = recipe.model.pretrained
+    if pretrained is None and not merge:
+        words = "its frozen model was drawn from the seed and stands in no folder that an adapter could name"
+        raise UserError(f"{checkpoint}: {words}; use --to merged")
+    if pretrained is not None and fingerprint(local_folder(pretrained)) != facts["adapter"]["base"]:
+        raise UserError(f"{checkpoint}: the model in {pretrained} is not the one that was trained on (other weights)")
+    return recipe, LoraSettings.model_validate(facts["adapter"]["settings"])
+
+
+def _filled(recipe: Recipe, blueprint: Blueprint, settings: LoraSettings, weights: Weights) -> Any:
+    """peft's own model: the base as the run read it, and what was trained from the checkpoint."""
+    base = recipe.model.pretrained
+    if base is not None and Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().absolute())
+    model = whole_peft_model(whole_model(blueprint), settings, blueprint.anatomy, base=base)
+    read, named = initial_weights(recipe, blueprint), dict(model.base_model.model.named_parameters())
+    trained = {name: parameter.data for name, parameter in named.items() if parameter.requires_grad}
+    if faults := weights.faults(trained):
+        raise RunFailed(f"{weights.path} cannot be exported: {'; '.join(faults[:5])}")
+    weights.fill(trained)
+    for name, parameter in named.items():
+        if name not in trained:
+            read(base_name(name), tuple(slice(0, size) for size in parameter.shape), parameter.data)
+    return model
+
+
+def _check_names(folder: Path, weights: Weights) -> None:
+    """Every tensor that was trained is in the file, and nothing else."""
+    written, trained = shapes_in(folder / TENSORS).keys(), {stored_name(name) for name in weights.records}
+    if different := sorted(written ^ trained):
+        raise RunFailed(f"{weights.path} was not exported: {different[0]} is not in both it and {TENSORS}")
+
+
+def _loaded(folder: Path) -> nn.Module:
+    with no_progress_bar():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, blueprint: Blueprint) -> Tensor:
+    return model.eval()(input_ids=probe(blueprint.config)).logits

@@ -1,0 +1,228 @@
+"""Promise 1's other side: what one process computes, by plain transformers, peft and torch.
+
+It shares no line with the stages, axes and schedules that it judges, but the tokens, the first weights and the recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cuboid.parallel.loss import IGNORE
+from cuboid.trainer.assemble import prepared
+from cuboid.trainer.check_distill import teacher_recipe
+from cuboid.trainer.data import Batch, prepare
+from cuboid.trainer.model import Blueprint, draw_blueprint, prunable, seed_of, whole_masks, whole_model
+from cuboid.trainer.model_config import config_of, read_checked_config
+from cuboid.trainer.optimizer import is_decayed, learning_rate
+from cuboid.trainer.plain_experts import PlainBalance
+from cuboid.trainer.plain_pruning import PlainPruning
+from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.tokenizer import open_tokenizer
+from cuboid.trainer.tokens import cache_folder
+from cuboid.trainer.weights import CopyInto, from_full
+
+STEPS = 3
+_B_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one process computes; tensors by global name."""
+
+    weights: Mapping[str, Tensor]
+    """Before the first step."""
+    batches: list[Batch]
+    """The whole global batch of each step."""
+    losses: list[float]
+    grad_norms: list[float]
+    """Before clipping."""
+    gradients: Mapping[str, Tensor]
+    """Of the first step, before clipping; of what is trained."""
+    updates: Mapping[str, Tensor]
+    """Weights after the last step minus weights before the first; zeros of what is frozen."""
+
+
+def reference(recipe: Recipe, original: Recipe) -> Reference:
+    """What plain transformers and torch compute in this process.
+
+    Args:
+        recipe: whose model is trained.
+        original: whose tokenizer and text are read; ids beyond a smaller vocabulary wrap around.
+    """
+    torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
+    blueprint = undropped_blueprint(recipe)
+    model = whole_with_values(recipe, blueprint)
+    teaching = _teaching(recipe)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    masters = {name: nn.Parameter(weights[name].clone()) for name, p in model.named_parameters() if p.requires_grad}
+    model.to(blueprint.compute)
+    balance = PlainBalance(model, recipe.moe or MoeSettings())
+    pruning = _pruning(recipe, blueprint, masters)
+    settings = recipe.optimizer
+    groups = [
+        {
+            "params": [p for name, p in masters.items() if is_decayed(name, p) is wanted],
+            "weight_decay": settings.weight_decay if wanted else 0.0,
+        }
+        for wanted in (True, False)
+    ]
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=settings.betas, eps=settings.eps)
+    batches = _batches(recipe, original)
+    losses, norms, gradients = [], [], {}
+    for step, batch in enumerate(batches, start=1):
+        rows = recipe.batch_plan.microbatch_size
+        if pruning:
+            pruning.begin(step)
+        losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
+        if pruning:
+            pruning.mask_gradients()
+        if step == 1:
+            gradients = {name: _gradient(name, parameter) for name, parameter in masters.items()}
+        limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
+        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), limit).item())
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, steps=recipe.train.steps, settings=settings)
+        adamw.step()
+        adamw.zero_grad()
+        balance.end_step()
+        if pruning:
+            pruning.end()
+    updates = {name: masters.get(name, weight).detach() - weight for name, weight in weights.items()}
+    return Reference(weights, batches, losses, norms, gradients, updates)
+
+
+def first_values(recipe: Recipe, blueprint: Blueprint) -> tuple[Blueprint, CopyInto]:
+    """As a run begins, but that an adapter's B is drawn too: beside a B of zeros A has no gradient, and zeros on both
+    sides prove nothing."""
+    blueprint, weights = prepared(recipe, blueprint)
+
+    def draw(name: str) -> Tensor:
+        owner, _, _ = name.partition(".lora_B.")
+        (scaling,) = blueprint.model.get_submodule(owner).scaling.values()
+        generator = torch.Generator().manual_seed(seed_of(recipe.seed, name))
+        # as W is drawn: a large product would make the model itself sensitive to rounding
+        return torch.randn(blueprint.model.get_parameter(name).shape, generator=generator) * (_B_STD / scaling)
+
+    drawn = from_full(draw)
+
+    def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
+        (drawn if ".lora_B." in name else weights)(name, part, target)
+
+    return blueprint, copy_into
+
+
+def whole_with_values(recipe: Recipe, blueprint: Blueprint) -> Any:
+    """The model that one process trains, with the first values of the recipe's: transformers', with peft's adapters."""
+    model, (_, read) = whole_model(blueprint), first_values(recipe, blueprint)
+    if recipe.lora is not None:
+        from cuboid.trainer.adapters import inject
+
+        inject(model, recipe.lora, blueprint.anatomy)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+    return model
+
+
+def undropped_blueprint(recipe: Recipe) -> Blueprint:
+    """Without dropout: no other mesh draws the same masks."""
+    config = config_of(recipe)
+    for key, value in list(vars(config).items()):
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    return draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
+
+
+def _logits(model: nn.Module, blueprint: Blueprint, batch: Batch) -> Tensor:
+    masks, positions = whole_masks(blueprint, batch.position_ids), batch.position_ids
+    return model(
+        input_ids=batch.input_ids, position_ids=positions, attention_mask=masks, use_cache=False
+    ).logits.float()
+
+
+def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | None:
+    """(batch, the student's logits, its summed loss on the labels) -> the summed loss with the teacher's share."""
+    if (settings := recipe.distill) is None:
+        return None
+    own = teacher_recipe(recipe)
+    blueprint = undropped_blueprint(own)
+    teacher = whole_with_values(own, blueprint).to(blueprint.compute).eval().requires_grad_(False)
+
+    def taught(batch: Batch, logits: Tensor, from_labels: Tensor) -> Tensor:
+        both = (logits, _logits(teacher, blueprint, batch))
+        student, wanted = (F.log_softmax(each / settings.temperature, -1) for each in both)
+        divergence = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE].sum()
+        return (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
+
+    return taught
+
+
+def _pruning(recipe: Recipe, blueprint: Blueprint, masters: Mapping[str, nn.Parameter]) -> PlainPruning | None:
+    if recipe.prune is None:
+        return None
+    names = prunable(blueprint, recipe.prune.modules)
+    return PlainPruning({name: masters[name] for name in names}, recipe.prune)
+
+
+def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, f"one process gives {name} no gradient"
+    return parameter.grad.clone()
+
+
+def _backward(
+    blueprint: Blueprint,
+    model: nn.Module,
+    masters: Mapping[str, nn.Parameter],
+    balance: PlainBalance,
+    batch: Batch,
+    *,
+    rows: int,
+    teaching: Callable[[Batch, Tensor, Tensor], Tensor] | None,
+) -> float:
+    """Loss and gradients of the global batch, some rows at a time: a sum, divided by the one count. The model computes
+    on copies of the masters in its own dtype, and their gradients are added up in float32. Experts are balanced beside
+    the loss. ``teaching`` makes the loss of a teacher's."""
+    count, total = int((batch.labels != IGNORE).sum()), 0.0
+    copies = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in masters.items():
+            copies[name].copy_(parameter)
+    for start in range(0, len(batch.labels), rows):
+        part = slice(start, start + rows)
+        some = Batch(batch.input_ids[part], batch.labels[part], batch.position_ids[part])
+        balance.begin(len(some.labels))
+        logits, labels = _logits(model, blueprint, some), some.labels
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = (teaching(some, logits, loss) if teaching else loss) / count
+        (loss + balance.loss(labels, count)).backward()
+        total += loss.item()
+        for name, parameter in masters.items():
+            gradient = copies[name].grad
+            if gradient is not None:
+                parameter.grad = gradient.float() if parameter.grad is None else parameter.grad + gradient.float()
+        model.zero_grad()
+    return total
+
+
+def _batches(recipe: Recipe, original: Recipe) -> list[Batch]:
+    """The recipe's first global batches, their labels thinned by more in each row: only where microbatches and ranks
+    predict unequally many tokens does a mean of means differ from the mean."""
+    vocabulary = read_checked_config(original.model).vocab_size
+    tokenizer = open_tokenizer(original.data.tokenizer, pretrained=original.model.pretrained, vocab_size=vocabulary)
+    dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
+    smaller, rows = read_checked_config(recipe.model).vocab_size, recipe.train.global_batch
+    batches = []
+    for step in range(STEPS):
+        batch = dataset.batch(range(step * rows, (step + 1) * rows))
+        labels = torch.where(batch.labels == IGNORE, IGNORE, batch.labels % smaller)
+        for row in range(rows):
+            labels[row, : row * labels.shape[1] // rows] = IGNORE
+        batches.append(Batch(batch.input_ids % smaller, labels, batch.position_ids))
+    return batches

@@ -1,0 +1,38 @@
+"""The recipe's `lora`: which weights of a frozen model are trained, and through what. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from cuboid.trainer.recipe_fields import Count, Momentum, Names, Offered, Positive, Settings, Text
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters: the model is frozen, and beside a matrix W stands alpha / rank x B A, which is trained
+    (Hu et al. 2022, "LoRA", section 4.1). Computed by peft (the extra cuboid[lora])."""
+
+    targets: Literal["all-linear"] | Names = "all-linear"
+    """Matrices that get an adapter, by the ends of their names, such as [q_proj, v_proj]; all-linear: those of every
+    layer."""
+    rank: Count = 16
+    """Rows of A and columns of B."""
+    alpha: Positive = 32.0
+    """The adapter's output is multiplied by alpha / rank."""
+    dropout: Momentum = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases of the model that are trained too: those of the targets, or all."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) (Kalajdzievski 2023, "rsLoRA")."""
+    dora: Annotated[bool, Offered((False,))] = False
+    """Train the length of each row of W apart from its direction (DoRA)."""
+    modules_to_save: Names = ()
+    """Modules that are trained whole, by the ends of their names, such as [embed_tokens, lm_head]."""
+    target_parameters: Annotated[Names | None, Offered((None,))] = None
+    """Parameters that get an adapter and are no linear's: fused experts."""
+    init: Annotated[
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora"], Offered(("default", "gaussian"))
+    ] = "default"
+    """How A is drawn, by peft's names; B begins as zero, so that the model is at first itself."""
+    adapter: Text | None = None
+    """Folder of a peft adapter to go on from; it then says targets, rank and the rest, which stay away here."""
