@@ -13,7 +13,10 @@ from cases import Case, model_config
 from peft import PeftModel
 from runs import losses, recipe_on, run
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from cuboid.launch import cli
+from cuboid.launch.progress import told
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer import inspection
 from cuboid.trainer.adapters import adapt, trained, trained_share, with_adapters
@@ -100,6 +103,28 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
         run(adapter_run(base, LORA, "1x1x1"), changed)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe"])
+def test_transposed_linears_and_mixtures_are_exported(tmp_path: Path, family: str) -> None:
+    base = pretrained(tmp_path / "base", family)
+    recipe = adapter_run(base, {"rank": 2})
+    run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "run")
+    assert export_adapter(tmp_path / "run", tmp_path / "adapter").difference <= 1e-5
+    assert export_adapter(tmp_path / "run", tmp_path / "merged", merge=True).difference <= 1e-4
+
+
+@pytest.mark.full
+def test_a_run_with_dropout_goes_on_bit_for_bit_on_the_same_mesh(tmp_path: Path) -> None:
+    base = pretrained(tmp_path / "base")
+    recipe = adapter_run(base, {"rank": 4, "dropout": 0.5}, "2x1x1", activation_checkpointing="full")
+    run(recipe, tmp_path / "whole")
+    run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "broken")
+    run(recipe, tmp_path / "broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    run(adapter_run(base, {"rank": 4}, "2x1x1"), tmp_path / "without")
+    assert losses(tmp_path / "without")[-1] != losses(tmp_path / "whole")[-1]
+
+
 def check_continued(tmp_path: Path, base: str, adapter: Path) -> None:
     """A run that goes on from an exported adapter begins with what it computes."""
     recipe = adapter_run(base, {"adapter": str(adapter)})
@@ -157,6 +182,16 @@ def test_what_the_model_does_not_have_is_refused(family: str, lora: dict[str, An
 def test_a_tied_head_is_not_trained_apart() -> None:
     (error,) = target_errors(recipe_with({"modules_to_save": ["lm_head"]}), blueprint_of("llama", tied=True))
     assert "is tied in this llama" in str(error)
+
+
+def test_a_mistake_is_told_before_any_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = adapter_run(pretrained(tmp_path / "base"), {"targets": ["c_attn"]}).model_dump(mode="json")
+    Path("mine.yaml").write_text(json.dumps(recipe))  # YAML too
+    done = CliRunner().invoke(cli.app, ["train", "mine.yaml", "launch.launcher=local"])
+    assert done.exit_code == 2
+    assert "lora.targets=c_attn is no linear in a layer of this llama; use all-linear, or down_proj" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_other_engines_and_made_experts_are_refused() -> None:
@@ -218,3 +253,10 @@ def test_what_is_trained_is_told() -> None:
     assert share["by_module"] == {"q_proj": 768, "o_proj": 768, "k_proj": 576, "v_proj": 576}
     assert share["trained"] == 2688
     assert share["frozen_experts"]
+    base = sum(parameter.numel() for parameter in blueprint_of("mixtral").model.parameters())
+    assert share["parameters"] == base + 2688
+    line = told({"kind": "adapter", **share})
+    assert line == (
+        "trains 2.7 k of 139.0 k parameters (1.9%): q_proj 768, o_proj 768, k_proj 576, v_proj 576; "
+        "the experts stay frozen"
+    )

@@ -21,7 +21,7 @@ EVERY = [
     Case(2, 1, 2, "dualpipe_v", "qwen2", tied=True, lora="biases"),
     Case(2, 1, 2, "interleaved_1f1b", "phi3", lora="all"),
     Case(2, 1, 2, "looped_bfs", "olmo2", lora="whole"),
-    Case(2, 2, 1, "zbv", "gemma2", lora="all"),
+    Case(2, 1, 2, "zbv", "gemma2", lora="whole"),
     Case(1, 4, 1, shard=2, lora="all"),
     Case(1, 2, 2, family="mixtral", expert=2, lora="all"),
     Case(2, 2, 1, "1f1b", "qwen3_moe", expert=2, lora="whole"),
