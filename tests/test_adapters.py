@@ -19,7 +19,7 @@ from cuboid.launch import cli
 from cuboid.launch.progress import told
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer import inspection
-from cuboid.trainer.adapters import adapt, trained, trained_share, with_adapters
+from cuboid.trainer.adapters import adapt, inject, trained, trained_share, with_adapters
 from cuboid.trainer.assemble import initial_weights, prepared
 from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.export import export_hf
@@ -107,7 +107,7 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe"])
 def test_transposed_linears_and_mixtures_are_exported(tmp_path: Path, family: str) -> None:
     base = pretrained(tmp_path / "base", family)
-    recipe = adapter_run(base, {"rank": 2})
+    recipe = adapter_run(base, {"rank": 2, "dora": family == "gpt2"})
     run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "run")
     assert export_adapter(tmp_path / "run", tmp_path / "adapter").difference <= 1e-5
     assert export_adapter(tmp_path / "run", tmp_path / "merged", merge=True).difference <= 1e-4
@@ -196,15 +196,16 @@ def test_a_mistake_is_told_before_any_process_starts(tmp_path: Path, monkeypatch
 
 def test_other_engines_and_made_experts_are_refused() -> None:
     parallel = {"engine": "deepspeed", "zero_stage": 1}
-    recipe = recipe_with({}, parallel=parallel, moe={"experts": 4})
-    assert [error.field for error in lora_errors(recipe, runs_here=True)] == ["parallel.engine", "moe.experts"]
+    recipe = recipe_with({"dora": True}, parallel={**parallel, "tensor": 2}, moe={"experts": 4})
+    fields = [error.field for error in lora_errors(recipe, runs_here=True)]
+    assert fields == ["parallel.engine", "lora.dora", "moe.experts"]
     assert not [*lora_errors(recipe.model_copy(update={"lora": None}), runs_here=True)]
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"use_dora": True}, "uses use_dora, which is not offered"),
+        ({"target_parameters": ["experts.down_proj"]}, "uses target_parameters, which is not offered"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa, which changes the model itself"),
         ({"peft_type": "IA3"}, "uses peft_type=IA3"),
         ({"target_modules": ".*_proj"}, "cannot be gone on from"),
@@ -246,6 +247,30 @@ def test_first_values_are_peft_s_and_depend_on_no_mesh(init: str) -> None:
     read(name, (slice(0, 32), slice(0, 32)), target)
     weights("model.layers.0.self_attn.q_proj.weight", (slice(0, 32), slice(0, 32)), plain)
     assert torch.equal(target, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_first_lengths_are_those_of_the_rows(family: str) -> None:
+    recipe = Recipe.model_validate(
+        {**Case(family=family).recipe().model_dump(mode="json"), "lora": {"rank": 2, "dora": True}}
+    )
+    blueprint = draw_blueprint(read_checked_config(recipe.model))
+    _, read = adapt(recipe, blueprint, initial_weights(recipe, blueprint))
+    whole = transformers.AutoModelForCausalLM.from_config(blueprint.config)
+    inject(whole, LoraSettings(rank=2, dora=True), blueprint.anatomy)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "magnitude" not in name:
+                read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+    targets = {name: layer for name, layer in whole.named_modules() if hasattr(layer, "lora_magnitude_vector")}
+    assert targets
+    for name, layer in targets.items():
+        lengths = layer.lora_magnitude_vector["default"]
+        matrices = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+        lengths.update_layer(base_layer=layer.base_layer, scaling=2.0, **matrices)  # peft's own
+        found = torch.empty(lengths.weight.shape)
+        read(f"{name}.lora_magnitude_vector.default.weight", (slice(0, len(found)),), found)
+        assert torch.allclose(found, lengths.weight, rtol=1e-6)
 
 
 def test_what_is_trained_is_told() -> None:
