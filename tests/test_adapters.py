@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from cuboid.launch import cli
 from cuboid.launch.progress import told
-from cuboid.parallel.errors import FieldError, UserError
-from cuboid.trainer import inspection
+from cuboid.parallel.errors import FieldError, RunFailed, UserError
+from cuboid.trainer import check_lora, inspection
+from cuboid.trainer import export_adapter as adapter_export
 from cuboid.trainer.adapters import adapt, inject, trained, trained_share, with_adapters
 from cuboid.trainer.assemble import initial_weights, prepared
 from cuboid.trainer.check_lora import lora_errors, target_errors
@@ -92,7 +93,7 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
     assert (said["r"], said["lora_alpha"], said["bias"], said["base_model_name_or_path"]) == (4, 8, "lora_only", base)
     with pytest.raises(UserError, match="--to adapter"):
         export_hf(changed, tmp_path / "hf")
-
+    check_refused_exports(tmp_path, base, changed)
     check_continued(tmp_path, base, adapter)
     other = load_file(Path(base) / "model.safetensors")
     other["model.norm.weight"] += 1
@@ -123,6 +124,24 @@ def test_a_run_with_dropout_goes_on_bit_for_bit_on_the_same_mesh(tmp_path: Path)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     run(adapter_run(base, {"rank": 4}, "2x1x1"), tmp_path / "without")
     assert losses(tmp_path / "without")[-1] != losses(tmp_path / "whole")[-1]
+
+
+def check_refused_exports(tmp_path: Path, base: str, source: Path) -> None:
+    """What is not the run's adapter, or does not compute what it does, never appears."""
+    out = tmp_path / "refused"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_export, "stored_name", lambda name: name)
+        with pytest.raises(RunFailed, match="is not in both it and adapter_model"):
+            export_adapter(source, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_export, "load_adapter", lambda model, folder: model)
+        with pytest.raises(RunFailed, match="its logits differ by"):
+            export_adapter(source, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_export, "_loaded", lambda folder: loaded(base))
+        with pytest.raises(RunFailed, match="its logits differ by"):
+            export_adapter(source, out, merge=True)
+    assert not [path for path in tmp_path.iterdir() if "refused" in path.name]
 
 
 def check_continued(tmp_path: Path, base: str, adapter: Path) -> None:
@@ -192,6 +211,13 @@ def test_a_mistake_is_told_before_any_process_starts(tmp_path: Path, monkeypatch
     assert done.exit_code == 2
     assert "lora.targets=c_attn is no linear in a layer of this llama; use all-linear, or down_proj" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_lora, "find_spec", lambda name: None)
+    (error,) = lora_errors(recipe_with({}), runs_here=True)
+    assert str(error) == "lora={...} needs the package peft; pip install 'cuboid[lora]', or use null"
+    assert not [*lora_errors(recipe_with({}), runs_here=False)]
 
 
 def test_other_engines_and_made_experts_are_refused() -> None:
