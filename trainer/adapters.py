@@ -45,20 +45,18 @@ def adapt(recipe: Recipe, blueprint: Blueprint, weights: CopyInto) -> tuple[Blue
     assert recipe.lora is not None
     settings = settings_of(recipe.lora)
     adapted = with_adapters(blueprint, settings)
-    if settings.adapter is None:
-        drawn = from_full(lambda name: _drawn(adapted, name, settings, seed=recipe.seed))
-        lengths = from_full(lambda name: _lengths(adapted, name, weights))
-
-        def first(name: str, part: tuple[slice, ...], target: Tensor) -> None:
-            (lengths if _LENGTHS in name else drawn)(name, part, target)
-
-        given = {name for name in trained(adapted.model) if ".lora_" in name}
-    else:
-        first, given = from_file(_file(settings.adapter), stored_name), set(trained(adapted.model))
+    drawn = from_full(lambda name: _drawn(adapted, name, settings, seed=recipe.seed))
+    lengths = from_full(lambda name: _lengths(adapted, name, weights))
+    stored = settings.adapter and from_file(_file(settings.adapter), stored_name)
+    of_adapter = trained(adapted.model).keys()
 
     def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
-        if name in given:
-            first(name, part, target)
+        if stored and name in of_adapter:
+            stored(name, part, target)
+        elif _LENGTHS in name:
+            lengths(name, part, target)
+        elif ".lora_" in name:
+            drawn(name, part, target)
         else:
             weights(base_name(name), part, target)
 
