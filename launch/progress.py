@@ -130,6 +130,8 @@ def _adapter_words(event: Mapping[str, Any]) -> str:
     """trains 4.9 M of 139.4 M parameters (3.5 %): down_proj 1.0 M, ..."""
 
     def short(count: int) -> str:
+        if count < 1e3:
+            return str(count)
         return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.1f} k"
 
     share = event["trained"] / event["parameters"]

@@ -87,7 +87,9 @@ def one_process(case: Case) -> nn.Module:
         inject(model, lora, find_parts(model))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if ".lora_" in name:
+                if "magnitude" in name:  # of rows: peft has set them to those of the matrix
+                    parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+                elif ".lora_" in name:
                     parameter.normal_(std=0.1)
     return model
 

@@ -13,10 +13,14 @@ from cases import Case, model_config
 from peft import PeftModel
 from runs import losses, recipe_on, run
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from cuboid.parallel.errors import FieldError, UserError
-from cuboid.trainer import inspection
-from cuboid.trainer.adapters import adapt, trained, trained_share, with_adapters
+from cuboid.launch import cli
+from cuboid.launch.progress import told
+from cuboid.parallel.errors import FieldError, RunFailed, UserError
+from cuboid.trainer import check_lora, inspection
+from cuboid.trainer import export_adapter as adapter_export
+from cuboid.trainer.adapters import adapt, inject, trained, trained_share, with_adapters
 from cuboid.trainer.assemble import initial_weights, prepared
 from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.export import export_hf
@@ -89,7 +93,7 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
     assert (said["r"], said["lora_alpha"], said["bias"], said["base_model_name_or_path"]) == (4, 8, "lora_only", base)
     with pytest.raises(UserError, match="--to adapter"):
         export_hf(changed, tmp_path / "hf")
-
+    check_refused_exports(tmp_path, base, changed)
     check_continued(tmp_path, base, adapter)
     other = load_file(Path(base) / "model.safetensors")
     other["model.norm.weight"] += 1
@@ -98,6 +102,46 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
         export_adapter(changed, tmp_path / "again")
     with pytest.raises(AssertionError, match="is not the one whose adapter step-00000004 holds"):
         run(adapter_run(base, LORA, "1x1x1"), changed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe"])
+def test_transposed_linears_and_mixtures_are_exported(tmp_path: Path, family: str) -> None:
+    base = pretrained(tmp_path / "base", family)
+    recipe = adapter_run(base, {"rank": 2, "dora": family == "gpt2"})
+    run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "run")
+    assert export_adapter(tmp_path / "run", tmp_path / "adapter").difference <= 1e-5
+    assert export_adapter(tmp_path / "run", tmp_path / "merged", merge=True).difference <= 1e-4
+
+
+@pytest.mark.full
+def test_a_run_with_dropout_goes_on_bit_for_bit_on_the_same_mesh(tmp_path: Path) -> None:
+    base = pretrained(tmp_path / "base")
+    recipe = adapter_run(base, {"rank": 4, "dropout": 0.5}, "2x1x1", activation_checkpointing="full")
+    run(recipe, tmp_path / "whole")
+    run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "broken")
+    run(recipe, tmp_path / "broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    run(adapter_run(base, {"rank": 4}, "2x1x1"), tmp_path / "without")
+    assert losses(tmp_path / "without")[-1] != losses(tmp_path / "whole")[-1]
+
+
+def check_refused_exports(tmp_path: Path, base: str, source: Path) -> None:
+    """What is not the run's adapter, or does not compute what it does, never appears."""
+    out = tmp_path / "refused"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_export, "stored_name", lambda name: name)
+        with pytest.raises(RunFailed, match="is not in both it and adapter_model"):
+            export_adapter(source, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_export, "load_adapter", lambda model, folder: model)
+        with pytest.raises(RunFailed, match="its logits differ by"):
+            export_adapter(source, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_export, "_loaded", lambda folder: loaded(base))
+        with pytest.raises(RunFailed, match="its logits differ by"):
+            export_adapter(source, out, merge=True)
+    assert not [path for path in tmp_path.iterdir() if "refused" in path.name]
 
 
 def check_continued(tmp_path: Path, base: str, adapter: Path) -> None:
@@ -159,17 +203,35 @@ def test_a_tied_head_is_not_trained_apart() -> None:
     assert "is tied in this llama" in str(error)
 
 
+def test_a_mistake_is_told_before_any_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = adapter_run(pretrained(tmp_path / "base"), {"targets": ["c_attn"]}).model_dump(mode="json")
+    Path("mine.yaml").write_text(json.dumps(recipe))  # YAML too
+    done = CliRunner().invoke(cli.app, ["train", "mine.yaml", "launch.launcher=local"])
+    assert done.exit_code == 2
+    assert "lora.targets=c_attn is no linear in a layer of this llama; use all-linear, or down_proj" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_lora, "find_spec", lambda name: None)
+    (error,) = lora_errors(recipe_with({}), runs_here=True)
+    assert str(error) == "lora={...} needs the package peft; pip install 'cuboid[lora]', or use null"
+    assert not [*lora_errors(recipe_with({}), runs_here=False)]
+
+
 def test_other_engines_and_made_experts_are_refused() -> None:
     parallel = {"engine": "deepspeed", "zero_stage": 1}
-    recipe = recipe_with({}, parallel=parallel, moe={"experts": 4})
-    assert [error.field for error in lora_errors(recipe, runs_here=True)] == ["parallel.engine", "moe.experts"]
+    recipe = recipe_with({"dora": True}, parallel={**parallel, "tensor": 2}, moe={"experts": 4})
+    fields = [error.field for error in lora_errors(recipe, runs_here=True)]
+    assert fields == ["parallel.engine", "lora.dora", "moe.experts"]
     assert not [*lora_errors(recipe.model_copy(update={"lora": None}), runs_here=True)]
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"use_dora": True}, "uses use_dora, which is not offered"),
+        ({"target_parameters": ["experts.down_proj"]}, "uses target_parameters, which is not offered"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa, which changes the model itself"),
         ({"peft_type": "IA3"}, "uses peft_type=IA3"),
         ({"target_modules": ".*_proj"}, "cannot be gone on from"),
@@ -213,8 +275,39 @@ def test_first_values_are_peft_s_and_depend_on_no_mesh(init: str) -> None:
     assert torch.equal(target, plain)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_first_lengths_are_those_of_the_rows(family: str) -> None:
+    recipe = Recipe.model_validate(
+        {**Case(family=family).recipe().model_dump(mode="json"), "lora": {"rank": 2, "dora": True}}
+    )
+    blueprint = draw_blueprint(read_checked_config(recipe.model))
+    _, read = adapt(recipe, blueprint, initial_weights(recipe, blueprint))
+    whole = transformers.AutoModelForCausalLM.from_config(blueprint.config)
+    inject(whole, LoraSettings(rank=2, dora=True), blueprint.anatomy)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "magnitude" not in name:
+                read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+    targets = {name: layer for name, layer in whole.named_modules() if hasattr(layer, "lora_magnitude_vector")}
+    assert targets
+    for name, layer in targets.items():
+        lengths = layer.lora_magnitude_vector["default"]
+        matrices = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+        lengths.update_layer(base_layer=layer.base_layer, scaling=2.0, **matrices)  # peft's own
+        found = torch.empty(lengths.weight.shape)
+        read(f"{name}.lora_magnitude_vector.default.weight", (slice(0, len(found)),), found)
+        assert torch.allclose(found, lengths.weight, rtol=1e-6)
+
+
 def test_what_is_trained_is_told() -> None:
     share = trained_share(with_adapters(blueprint_of("mixtral"), LoraSettings(rank=2)))
     assert share["by_module"] == {"q_proj": 768, "o_proj": 768, "k_proj": 576, "v_proj": 576}
     assert share["trained"] == 2688
     assert share["frozen_experts"]
+    base = sum(parameter.numel() for parameter in blueprint_of("mixtral").model.parameters())
+    assert share["parameters"] == base + 2688
+    line = told({"kind": "adapter", **share})
+    assert line == (
+        "trains 2.7 k of 139.0 k parameters (1.9%): q_proj 768, o_proj 768, k_proj 576, v_proj 576; "
+        "the experts stay frozen"
+    )

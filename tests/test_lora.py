@@ -15,14 +15,16 @@ CASES = [
     Case(2, 2, 2, "zbv", tied=True, shard=False, lora="some"),
     Case(2, 1, 2, "1f1b", "gpt2", lora="all"),  # transposed linears, a column gathered, a row cut
     Case(2, 1, 2, "gpipe", sequence=False, lora="whole"),
+    Case(2, 1, 1, family="qwen3", activation_checkpointing="full", lora="dora"),
 ]
 EVERY = [
     Case(2, 2, 1, "interleaved_zero_bubble", "qwen3", lora="biases"),
     Case(2, 1, 2, "dualpipe_v", "qwen2", tied=True, lora="biases"),
     Case(2, 1, 2, "interleaved_1f1b", "phi3", lora="all"),
     Case(2, 1, 2, "looped_bfs", "olmo2", lora="whole"),
-    Case(2, 2, 1, "zbv", "gemma2", lora="all"),
+    Case(2, 1, 2, "zbv", "gemma2", lora="whole"),
     Case(1, 4, 1, shard=2, lora="all"),
+    Case(2, 2, 1, "zbv", "qwen3", lora="dora"),
     Case(1, 2, 2, family="mixtral", expert=2, lora="all"),
     Case(2, 2, 1, "1f1b", "qwen3_moe", expert=2, lora="whole"),
 ]

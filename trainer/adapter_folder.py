@@ -15,6 +15,7 @@ _OURS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "bias": "bias",
+    "use_dora": "dora",
     "use_rslora": "rslora",
     "target_modules": "targets",
     "modules_to_save": "modules_to_save",
@@ -56,9 +57,9 @@ def settings_of(lora: LoraSettings) -> LoraSettings:
             raise FieldError("lora.adapter", lora.adapter, constraint, "give a folder that peft's save_pretrained made")
     try:
         said: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        given = {ours: said[theirs] for theirs, ours in _OURS.items()}
-        given = {key: value for key, value in given.items() if value is not None}
-        settings = LoraSettings.model_validate({**given, "alpha": float(given["alpha"]), "adapter": lora.adapter})
+        given = {ours: said[theirs] for theirs, ours in _OURS.items() if said.get(theirs) is not None}
+        own = {"rank": said["r"], "alpha": float(said["lora_alpha"]), "adapter": lora.adapter}
+        settings = LoraSettings.model_validate({**given, **own})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         constraint = f"has an {CONFIG} that cannot be gone on from: {str(error).splitlines()[0]}"
         raise FieldError("lora.adapter", lora.adapter, constraint, "use a LoRA adapter of named targets") from None

@@ -29,6 +29,8 @@ from cuboid.trainer.weights import CopyInto, from_file, from_full, shapes_in
 
 ADAPTER = "default"
 """peft's name of a model's only adapter."""
+_LENGTHS = ".lora_magnitude_vector."
+"""In the names of DoRA's lengths of rows."""
 _INITS: Mapping[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 _WRAPPED = re.compile(rf"\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.{ADAPTER}(?=\.)")
 
@@ -43,15 +45,18 @@ def adapt(recipe: Recipe, blueprint: Blueprint, weights: CopyInto) -> tuple[Blue
     assert recipe.lora is not None
     settings = settings_of(recipe.lora)
     adapted = with_adapters(blueprint, settings)
-    if settings.adapter is None:
-        first = from_full(lambda name: _drawn(adapted, name, settings, seed=recipe.seed))
-        given = {name for name in trained(adapted.model) if ".lora_" in name}
-    else:
-        first, given = from_file(_file(settings.adapter), stored_name), set(trained(adapted.model))
+    drawn = from_full(lambda name: _drawn(adapted, name, settings, seed=recipe.seed))
+    lengths = from_full(lambda name: _lengths(adapted, name, weights))
+    stored = settings.adapter and from_file(_file(settings.adapter), stored_name)
+    of_adapter = trained(adapted.model).keys()
 
     def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
-        if name in given:
-            first(name, part, target)
+        if stored and name in of_adapter:
+            stored(name, part, target)
+        elif _LENGTHS in name:
+            lengths(name, part, target)
+        elif ".lora_" in name:
+            drawn(name, part, target)
         else:
             weights(base_name(name), part, target)
 
@@ -109,6 +114,7 @@ def peft_config(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> p
         lora_dropout=settings.dropout,
         bias=settings.bias,
         use_rslora=settings.rslora,
+        use_dora=settings.dora,
         modules_to_save=list(settings.modules_to_save) or None,
         init_lora_weights=_INITS[settings.init],
     )
@@ -140,6 +146,7 @@ def stored_name(name: str) -> str:
     """``layers.0.q_proj.lora_A.default.weight`` -> ``base_model.model.layers.0.q_proj.lora_A.weight``: what a saved
     adapter calls a parameter that is trained."""
     without = re.sub(rf"(\.lora_[AB])\.{ADAPTER}(?=\.)", r"\1", name)
+    without = without.replace(f"{_LENGTHS}{ADAPTER}.weight", _LENGTHS.removesuffix("."))
     return f"base_model.model.{without.replace(f'.modules_to_save.{ADAPTER}.', '.')}"
 
 
@@ -166,7 +173,7 @@ def trained_share(blueprint: Blueprint) -> dict[str, Any]:
     """How many numbers are trained, of how many, and how many in each kind of module, largest first."""
     by_module: Counter[str] = Counter()
     for name, parameter in trained(blueprint.model).items():
-        owner = re.sub(r"\.lora_[AB]\.\w+", "", base_name(name)).rpartition(".")[0]
+        owner = re.sub(r"\.lora_\w+\.\w+", "", base_name(name)).rpartition(".")[0]
         by_module[owner.rpartition(".")[2]] += parameter.numel()
     every = sum(parameter.numel() for parameter in blueprint.model.parameters())
     return {
@@ -192,3 +199,12 @@ def _drawn(blueprint: Blueprint, name: str, settings: LoraSettings, *, seed: int
             twin._modules[part] = nn.ModuleDict({ADAPTER: linear})
         twin.reset_lora_parameters(ADAPTER, _INITS[settings.init])
     return twin.get_parameter(f"lora_{parameter}").detach()
+
+
+def _lengths(blueprint: Blueprint, name: str, weights: CopyInto) -> Tensor:
+    """DoRA's first lengths, [out]: those of the rows of W, since B is zero. Holds one whole matrix for as long."""
+    owner = name.partition(_LENGTHS)[0]
+    layer: Any = blueprint.model.get_submodule(owner)
+    weight = torch.empty(layer.base_layer.weight.shape)
+    weights(f"{owner}.weight", tuple(slice(0, size) for size in weight.shape), weight)
+    return weight.norm(dim=0 if layer.fan_in_fan_out else 1)

@@ -24,8 +24,8 @@ class LoraSettings(Settings):
     """Biases of the model that are trained too: those of the targets, or all."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) (Kalajdzievski 2023, "rsLoRA")."""
-    dora: Annotated[bool, Offered((False,))] = False
-    """Train the length of each row of W apart from its direction (DoRA)."""
+    dora: bool = False
+    """Train the length of each row of W apart from its direction (Liu et al. 2024, "DoRA", section 4.1)."""
     modules_to_save: Names = ()
     """Modules that are trained whole, by the ends of their names, such as [embed_tokens, lm_head]."""
     target_parameters: Annotated[Names | None, Offered((None,))] = None
