@@ -42,6 +42,7 @@ DOORS = {
     "torch.distributed.pipelining": {"parallel/pipeline.py"},
     "trackio": {"trainer/track.py"},
     "transformers": {
+        "trainer/chat_template.py",
         "trainer/families.py",
         "trainer/model.py",
         "trainer/model_config.py",

@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.loss import IGNORE
+from cuboid.trainer.conversations import form_of
 from cuboid.trainer.corpus import find_corpus
+from cuboid.trainer.packing import Packs, pack
 from cuboid.trainer.recipe import DataSettings
 from cuboid.trainer.tokenizer import Tokenizer
 from cuboid.trainer.tokens import Tokens, prepare_tokens
@@ -55,6 +58,7 @@ class Dataset:
     - packing: all documents one after another, cut every T tokens. Each token but a document's first is predicted once
       an epoch. The last sample is filled up; what fills has label -100.
     - without packing: a document a sample, cut or filled to T.
+    - examples (chat and instruct) as `packs` lays them, several in a sample or one, each as truncation left it.
 
     A call reads a few kilobytes of a memory map (under a millisecond for 16 x 128), so that no loader processes are
     needed. The order depends on the seed and the epoch only, never on the mesh. `fingerprint` is the SHA-256 of all
@@ -70,8 +74,9 @@ class Dataset:
         cross_documents: bool,
         seed: int,
         tokenizer: Tokenizer,
+        packs: Packs | None = None,
     ) -> None:
-        self._ids, self._starts = tokens.ids, tokens.starts
+        self._ids, self._starts, self._predicted, self.packs = tokens.ids, tokens.starts, tokens.predicted, packs
         self._length, self._packing, self._cross, self._seed = sequence_length, packing, cross_documents, seed
         self._pad = tokenizer.pad
         self.num_documents = len(self._starts) - 1
@@ -89,6 +94,16 @@ class Dataset:
             _ORDER,
             seed,
         ]
+        if packs is not None:
+            self.num_samples = len(packs.bounds) - 1
+            facts += [hashlib.sha256(array.data).hexdigest() for array in (packs.bounds, packs.first, packs.stop)]
+        self.facts: dict[str, Any] = {
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "sequences": self.num_samples,
+            "left_out": ", ".join(filter(None, (tokens.skipped.words(), packs.words() if packs else ""))),
+        }
+        """What there is, and what was left out of it, in words."""
         self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def batch(self, samples: range) -> Batch:
@@ -99,6 +114,8 @@ class Dataset:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             place[here] = permute(numbers[here] % self.num_samples, self.num_samples, seed=self._seed, epoch=int(epoch))
+        if self.packs is not None:
+            return self._laid(place, self.packs)
         if self._packing:
             first = place * self._length
             stop = np.full_like(first, self.num_tokens)
@@ -118,8 +135,38 @@ class Dataset:
             predicted &= document[:, 1:] == document[:, :-1]
             begin = np.maximum(self._starts[document[:, :-1]], first)
         labels = np.where(predicted, ids[:, 1:], IGNORE)
-        arrays = (ids[:, :-1], labels, index[:, :-1] - begin)
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        return _batch(ids[:, :-1], labels, index[:, :-1] - begin)
+
+    def _laid(self, place: np.ndarray, packs: Packs) -> Batch:
+        """The sequences with these numbers; k tokens in all before they are filled up, as one more document."""
+        assert self._predicted is not None
+        low, high = packs.bounds[place], packs.bounds[place + 1]
+        examples = _ranges(low, high - low)
+        first = packs.first[examples]
+        lengths = packs.stop[examples] - first
+        index = _ranges(first, lengths)  # [k]: where each token is read
+        inside = _ranges(np.zeros_like(first), lengths)  # [k]: its place in its example
+        row = np.repeat(np.repeat(np.arange(len(place)), high - low), lengths)
+        used = np.bincount(row, minlength=len(place))
+        column = _ranges(np.zeros_like(used), used)
+        shape = len(place), self._length
+        ids, labels = np.full(shape, self._pad), np.full(shape, IGNORE)
+        positions = np.arange(self._length) - used[:, None]
+        after = np.minimum(index + 1, self.num_tokens - 1)
+        predicted = (inside + 1 < np.repeat(lengths, lengths)) & self._predicted[after]
+        ids[row, column] = self._ids[index]
+        labels[row, column] = np.where(predicted, self._ids[after].astype(np.int64), IGNORE)
+        positions[row, column] = inside
+        return _batch(ids, labels, positions)
+
+
+def _batch(*arrays: np.ndarray) -> Batch:
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays))
+
+
+def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """first[0], first[0] + 1, ... for lengths[0] numbers, then the same from first[1] on, and so on."""
+    return np.arange(lengths.sum()) + np.repeat(first - np.cumsum(lengths) + lengths, lengths)
 
 
 def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: Path) -> Dataset:
@@ -134,20 +181,31 @@ def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: P
     Raises:
         UserError: nothing there, nothing usable, a broken line (file and number), a cache that cannot be written.
     """
-    corpus = find_corpus(settings.path, text_column=settings.text_column, split=settings.split, subset=settings.subset)
+    corpus = find_corpus(
+        settings.path,
+        split=settings.split,
+        subset=settings.subset,
+        form=form_of(settings, tokenizer),
+        skip_broken=settings.broken == "skip",
+    )
     tokens = prepare_tokens(corpus, tokenizer=tokenizer, cache=cache)
     apart = not (settings.packing and settings.cross_documents)
     if len(tokens.ids) - (len(tokens.starts) - 1 if apart else 1) <= 0:
         raise FieldError(
             "data.path", corpus.name, "has no token to predict: each document is one token", "give more text"
         )
+    length, packing = settings.sequence_length, settings.packing
+    packs = None
+    if corpus.examples:
+        packs = pack(tokens, sequence_length=length, truncation=settings.truncation, packing=packing, cache=cache)
     return Dataset(
         tokens,
-        sequence_length=settings.sequence_length,
-        packing=settings.packing,
+        sequence_length=length,
+        packing=packing,
         cross_documents=settings.cross_documents,
         seed=seed,
         tokenizer=tokenizer,
+        packs=packs,
     )
 
 

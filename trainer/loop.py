@@ -132,6 +132,8 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     _same_on_every_rank("the data's fingerprint", dataset.fingerprint)
+    if block.rank == 0:
+        recorder.event("data", **dataset.facts)
     held_out = None
     if recipe.train.eval_every and recipe.data.eval_path is not None:
         settings = recipe.data.model_copy(update={"path": recipe.data.eval_path, "split": recipe.data.eval_split})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,8 +31,16 @@ class Tokenizer(Protocol):
     pad: int
     """Id that fills a sequence; never predicted."""
 
+    chat_template: str | None
+    """Its own, in Jinja."""
+    special_tokens: Mapping[str, str]
+    """Texts that a template names: bos_token, eos_token, ..."""
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, without `begin` and `end`."""
+
+    def encode_placed(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, the character of the text that each id begins with) of each text; [n] each."""
 
 
 class ByteTokenizer:
@@ -42,9 +51,16 @@ class ByteTokenizer:
     begin: int | None = None
     end: int | None = _END_OF_DOCUMENT
     pad = _END_OF_DOCUMENT
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8) for text in texts]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        rows = self.encode(texts)
+        # every byte but a character's first is 10xxxxxx
+        return [(row, np.cumsum((row & 0xC0) != 0x80) - 1) for row in rows]
 
 
 class PretrainedTokenizer:
@@ -71,6 +87,10 @@ class PretrainedTokenizer:
         self.begin: int | None = begin if begin is not None and plain[:1] == [begin] else None
         pads = (self._tokenizer.pad_token_id, self.end, 0)
         self.pad = int(next(pad for pad in pads if pad is not None))
+        template = self._tokenizer.chat_template
+        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        self.special_tokens: Mapping[str, str] = self._tokenizer.special_tokens_map
+        self._name, self._field = name, field
         self.identity = self._identity()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -84,6 +104,18 @@ class PretrainedTokenizer:
             verbose=False,
         )["input_ids"]
         return [np.asarray(row, dtype=np.uint32) for row in rows]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if not self._tokenizer.is_fast:
+            constraint = "has no fast form, which alone tells where in a text each token begins"
+            raise FieldError(
+                self._field, self._name, constraint, "use a model with a tokenizer.json, or data.kind=text"
+            )
+        found = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [
+            (np.asarray(ids, dtype=np.uint32), np.array([first for first, _ in offsets], np.int64))
+            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+        ]
 
     def _identity(self) -> str:
         if self._tokenizer.is_fast:
