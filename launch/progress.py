@@ -1,4 +1,4 @@
-"""What the user sees of a run: a bar on a terminal, plain lines elsewhere, fed by the run's own logs. The rich door.
+"""What the user sees of a run: a bar on a terminal, plain lines elsewhere, fed by the run's own logs. A rich door.
 
 Nothing here knows the launcher or the ranks; the run's folder tells all.
 """

@@ -34,7 +34,7 @@ DOORS = {
     "matplotlib": {"trainer/timeline.py"},
     "pydantic": {"trainer/recipe.py"},
     "ray": {"launch/ray_group.py"},
-    "rich": {"launch/progress.py"},
+    "rich": {"launch/data.py", "launch/progress.py"},
     "safetensors": {"trainer/weights.py", "trainer/restore.py"},
     "torch.distributed.device_mesh.DeviceMesh.from_group": {"parallel/mesh.py"},
     "torch.distributed.fsdp": {"parallel/data.py"},

@@ -130,8 +130,10 @@ def open_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
     try:
         example = template.example([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}])
     except UserError as error:
-        if "TemplateSyntaxError" in str(error):
-            raise FieldError(_FIELD, name, f"is no Jinja template ({error})", "mend it") from error
+        if isinstance(error.__cause__, ImportError):
+            raise FieldError(_FIELD, name, "needs the package jinja2, 3.1.6", "pip install 'cuboid[data]'") from error
+        if type(error.__cause__).__name__ == "TemplateSyntaxError":
+            raise FieldError(_FIELD, name, f"is no Jinja template ({error.__cause__})", "mend it") from error
         return template  # it may want other conversations than this one
     if not any("I" in example.text[first:stop] for first, stop in example.predicted):
         constraint = "masks everything: of a user's question and an assistant's answer it predicts nothing"

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,14 @@ class Batch:
         )
 
 
+class Counts(NamedTuple):
+    """Tokens of an epoch."""
+
+    tokens: int
+    """Read, without what fills sequences up."""
+    predicted: int
+
+
 class Dataset:
     """Samples by number, without end: every epoch holds each sample once, in an order of its own.
 
@@ -77,7 +85,7 @@ class Dataset:
         packs: Packs | None = None,
     ) -> None:
         self._ids, self._starts, self._predicted, self.packs = tokens.ids, tokens.starts, tokens.predicted, packs
-        self._length, self._packing, self._cross, self._seed = sequence_length, packing, cross_documents, seed
+        self.sequence_length, self._packing, self._cross, self._seed = sequence_length, packing, cross_documents, seed
         self._pad = tokenizer.pad
         self.num_documents = len(self._starts) - 1
         self.num_tokens = len(self._ids)
@@ -106,6 +114,21 @@ class Dataset:
         """What there is, and what was left out of it, in words."""
         self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    def count(self) -> Counts:
+        """Tokens of an epoch; reads the whole mask."""
+        if self.packs is not None:
+            assert self._predicted is not None
+            first, stop = self.packs.first, self.packs.stop
+            # the first token of an example follows none that could predict it; a sum of each range, ends included
+            mask = np.append(self._predicted, False)
+            sums = np.add.reduceat(mask, np.stack([first + 1, stop], 1).ravel(), dtype=np.int64)[::2]
+            return Counts(int((stop - first).sum()), int(sums.sum()))
+        if self._packing:
+            return Counts(self.num_tokens, self.num_tokens - (1 if self._cross else self.num_documents))
+        lengths = np.diff(self._starts)
+        read, predicted = (np.minimum(part, self.sequence_length).sum() for part in (lengths, lengths - 1))
+        return Counts(int(read), int(predicted))
+
     def batch(self, samples: range) -> Batch:
         """The samples with these numbers, in this order."""
         numbers = np.arange(samples.start, samples.stop, samples.step, dtype=np.int64)
@@ -117,7 +140,7 @@ class Dataset:
         if self.packs is not None:
             return self._laid(place, self.packs)
         if self._packing:
-            first = place * self._length
+            first = place * self.sequence_length
             stop = np.full_like(first, self.num_tokens)
         else:
             first, stop = self._starts[place], self._starts[place + 1]
@@ -125,7 +148,7 @@ class Dataset:
 
     def _cut(self, first: np.ndarray, stop: np.ndarray) -> Batch:
         """Samples that begin at token `first` and have no tokens from `stop` on; both [n, 1]."""
-        index = first + np.arange(self._length + 1)  # [n, T + 1]: a label is the token after the last one too
+        index = first + np.arange(self.sequence_length + 1)  # [n, T + 1]: a label is the token after the last one too
         inside = index < stop
         ids = np.where(inside, self._ids[np.minimum(index, self.num_tokens - 1)].astype(np.int64), self._pad)
         predicted = inside[:, 1:].copy()
@@ -149,9 +172,9 @@ class Dataset:
         row = np.repeat(np.repeat(np.arange(len(place)), high - low), lengths)
         used = np.bincount(row, minlength=len(place))
         column = _ranges(np.zeros_like(used), used)
-        shape = len(place), self._length
+        shape = len(place), self.sequence_length
         ids, labels = np.full(shape, self._pad), np.full(shape, IGNORE)
-        positions = np.arange(self._length) - used[:, None]
+        positions = np.arange(self.sequence_length) - used[:, None]
         after = np.minimum(index + 1, self.num_tokens - 1)
         predicted = (inside + 1 < np.repeat(lengths, lengths)) & self._predicted[after]
         ids[row, column] = self._ids[index]
@@ -167,6 +190,13 @@ def _batch(*arrays: np.ndarray) -> Batch:
 def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """first[0], first[0] + 1, ... for lengths[0] numbers, then the same from first[1] on, and so on."""
     return np.arange(lengths.sum()) + np.repeat(first - np.cumsum(lengths) + lengths, lengths)
+
+
+def held_out_settings(settings: DataSettings) -> DataSettings | None:
+    """What evaluation reads: the same kind of data from `eval_path`; None where that is not given."""
+    if settings.eval_path is None:
+        return None
+    return settings.model_copy(update={"path": settings.eval_path, "split": settings.eval_split})
 
 
 def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: Path) -> Dataset:

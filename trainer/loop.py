@@ -18,7 +18,7 @@ from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
-from cuboid.trainer.data import Batch, Dataset, prepare
+from cuboid.trainer.data import Batch, Dataset, held_out_settings, prepare
 from cuboid.trainer.engine import Engine, NotFinite, StepResult
 from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
@@ -135,8 +135,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     if block.rank == 0:
         recorder.event("data", **dataset.facts)
     held_out = None
-    if recipe.train.eval_every and recipe.data.eval_path is not None:
-        settings = recipe.data.model_copy(update={"path": recipe.data.eval_path, "split": recipe.data.eval_split})
+    if recipe.train.eval_every and (settings := held_out_settings(recipe.data)):
         held_out = prepare(settings, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
         _same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
     recorder.phase("data")

@@ -15,6 +15,7 @@ from cuboid.parallel.errors import FieldError
 
 BYTES = "bytes"
 _END_OF_DOCUMENT = 256
+_END_NAME = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -42,6 +43,9 @@ class Tokenizer(Protocol):
     def encode_placed(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, the character of the text that each id begins with) of each text; [n] each."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, for people: special tokens by their names."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0..255, and 256 as end of document."""
@@ -61,6 +65,10 @@ class ByteTokenizer:
         rows = self.encode(texts)
         # every byte but a character's first is 10xxxxxx
         return [(row, np.cumsum((row & 0xC0) != 0x80) - 1) for row in rows]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        parts = b"".join(bytes([byte]) if byte < _END_OF_DOCUMENT else _END_NAME.encode() for byte in ids)
+        return parts.decode("utf-8", "replace")
 
 
 class PretrainedTokenizer:
@@ -117,6 +125,9 @@ class PretrainedTokenizer:
             for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
         ]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
     def _identity(self) -> str:
         if self._tokenizer.is_fast:
             content = self._tokenizer.backend_tokenizer.to_str()
@@ -171,11 +182,10 @@ def _byte_tokenizer() -> Any:
     core = Tokenizer(models.BPE(vocab={sign: byte for byte, sign in enumerate(_byte_signs())}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    core.add_special_tokens([AddedToken(end, special=True, normalized=False)])
-    assert core.token_to_id(end) == _END_OF_DOCUMENT
+    core.add_special_tokens([AddedToken(_END_NAME, special=True, normalized=False)])
+    assert core.token_to_id(_END_NAME) == _END_OF_DOCUMENT
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+        tokenizer_object=core, eos_token=_END_NAME, pad_token=_END_NAME, clean_up_tokenization_spaces=False
     )
 
 
