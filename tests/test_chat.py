@@ -145,8 +145,8 @@ def test_a_broken_row_stops_or_is_skipped_and_told(tmp_path, row, words, capfd):
     for _ in range(2):  # made, and from the cache
         data = prepared(path, tmp_path / "cache", broken="skip", **options)
         assert data.num_documents == 2
-        assert data.facts["left_out"].startswith(f"1 broken rows skipped ({path}, line 2: ")
-    assert capfd.readouterr().err.count("1 broken rows skipped") == 1
+        assert data.facts["left_out"].startswith(f"broken and skipped: 1 ({path}, line 2: ")
+    assert capfd.readouterr().err.count("broken and skipped: 1") == 1
 
 
 def test_broken_text_is_skipped_too_and_nothing_left_is_told(tmp_path):
@@ -154,10 +154,10 @@ def test_broken_text_is_skipped_too_and_nothing_left_is_told(tmp_path):
     (tmp_path / "2.txt").write_text("whole")
     data = prepared(f"{tmp_path}/*.txt", tmp_path / "cache", broken="skip")
     assert (data.num_documents, data.num_tokens) == (1, 6)
-    with pytest.raises(FieldError, match=r"has no usable document: 1 broken rows skipped \(.*1.txt is not UTF-8"):
+    with pytest.raises(FieldError, match=r"has no usable document: broken and skipped: 1 \(.*1.txt is not UTF-8"):
         prepared(f"{tmp_path}/1.txt", tmp_path / "cache", broken="skip")
     path = write_rows(tmp_path / "x.jsonl", [{"messages": said("Only a question?")}])
-    with pytest.raises(FieldError, match="has no usable document: 1 examples without a token to predict"):
+    with pytest.raises(FieldError, match="has no usable document: without a token to predict: 1"):
         prepared(path, tmp_path / "cache", kind="chat", chat_template="chatml")
     with pytest.raises(FieldError, match=r"2.txt is running text, without the columns messages; give .jsonl"):
         prepared(f"{tmp_path}/2.txt", tmp_path / "cache", kind="chat", chat_template="chatml")

@@ -48,7 +48,7 @@ def test_sequences_are_shown_with_what_is_predicted_and_counted() -> None:
     predicted = len("Hö.No.[So].".encode()) + 3 * len("<|im_end|>")
     assert statistics.startswith("3 documents, ")
     assert f"an epoch: 2 sequences of 192, {predicted} tokens predicted (" in statistics
-    assert "1 too long ones dropped" in statistics
+    assert "dropped as too long: 1" in statistics
 
 
 def test_documents_of_one_sequence_are_told_apart() -> None:
@@ -78,7 +78,7 @@ def test_what_is_wrong_is_told_with_its_place_and_2() -> None:
     assert "chat.jsonl, line 4: column messages holds int, not a list of messages" in printed
     code, printed = data("data.broken=skip", "--show", "0")
     assert code == 0
-    assert "1 broken rows skipped (chat.jsonl, line 4: " in printed
+    assert "broken and skipped: 1 (chat.jsonl, line 4: " in printed
     code, printed = data("data.chat_template=none.jinja")
     assert code == 2
     assert "override `data.chat_template=none.jinja`: data.chat_template=none.jinja is no file" in printed

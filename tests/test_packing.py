@@ -58,7 +58,7 @@ def test_examples_stay_whole_or_are_cut_as_asked(tmp_path: Path, packed: bool, t
     assert len(wanted) == 80 if truncation == "start" else 20 < len(wanted) < 80
     assert sorted(examples(data)) == sorted(wanted), "each once an epoch"
     cut = sum(len(ids) == LENGTH for ids, _ in wanted)
-    assert (f"{80 - len(wanted)} too long ones dropped" in data.facts["left_out"]) == (len(wanted) < 80)
+    assert (f"dropped as too long: {80 - len(wanted)}" in data.facts["left_out"]) == (len(wanted) < 80)
     assert ("cut to the length of a sequence" in data.facts["left_out"]) == (truncation != "drop" and cut > 0)
     needed = sum(len(ids) for ids, _ in wanted) / LENGTH
     assert data.num_samples == len(wanted) if not packed else needed <= data.num_samples <= 1.1 * needed + 1

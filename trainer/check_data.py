@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.conversations import form_of
 from cuboid.trainer.corpus import find_corpus
-from cuboid.trainer.recipe import ColumnSettings, DataSettings, Recipe, written
+from cuboid.trainer.recipe import ColumnSettings, DataSettings, Recipe
+from cuboid.trainer.recipe_errors import shown
 from cuboid.trainer.tokenizer import open_tokenizer
 
 _BELONGS = {
@@ -58,5 +59,5 @@ def _kind_errors(data: DataSettings) -> Iterator[FieldError]:
         default = (ColumnSettings if section else DataSettings).model_fields[key].default
         if name not in _BELONGS[data.kind] and given != default:
             kinds = " or ".join(kind for kind, fields in _BELONGS.items() if name in fields)
-            remedy = f"use {written(default)}, or data.kind={kinds}"
-            yield FieldError(f"data.{name}", written(given), f"means nothing for data.kind={data.kind}", remedy)
+            remedy = f"use {shown(default)}, or data.kind={kinds}"
+            yield FieldError(f"data.{name}", shown(given), f"means nothing for data.kind={data.kind}", remedy)

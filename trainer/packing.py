@@ -39,8 +39,8 @@ class Packs:
 
     def words(self) -> str:
         """What truncation did, in a line; empty where every example is whole."""
-        parts = [f"{self.truncated} examples cut to the length of a sequence"] if self.truncated else []
-        return ", ".join(parts + ([f"{self.dropped} too long ones dropped"] if self.dropped else []))
+        parts = [f"cut to the length of a sequence: {self.truncated}"] if self.truncated else []
+        return ", ".join(parts + ([f"dropped as too long: {self.dropped}"] if self.dropped else []))
 
 
 def pack(tokens: Tokens, *, sequence_length: int, truncation: str, packing: bool, cache: Path) -> Packs:

@@ -47,10 +47,10 @@ class Skipped:
 
     def words(self) -> str:
         """In a line; empty where nothing was skipped."""
-        parts = [f"{self.unpredicted} examples without a token to predict"] if self.unpredicted else []
+        parts = [f"without a token to predict: {self.unpredicted}"] if self.unpredicted else []
         if self.broken:
             more = "; ..." if self.broken > len(self.first) else ""
-            parts.append(f"{self.broken} broken rows skipped ({'; '.join(self.first)}{more})")
+            parts.append(f"broken and skipped: {self.broken} ({'; '.join(self.first)}{more})")
         return ", ".join(parts)
 
 
@@ -124,7 +124,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> Facts:
         for file in files:
             flush(file)
     if told := skipped.words():
-        say(f"{corpus.name}: {documents} documents, and {told}")
+        say(f"{corpus.name}: {documents} documents; {told}")
     if documents == 0:
         constraint = f"has no usable document: {told or 'all are empty'}"
         raise FieldError("data.path", corpus.name, constraint, "give some text")
