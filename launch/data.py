@@ -15,7 +15,7 @@ from cuboid.trainer.recipe_file import read_recipe
 if TYPE_CHECKING:
     import numpy as np
 
-    from cuboid.trainer.data import Dataset
+    from cuboid.trainer.data import Dataset, Mixture
     from cuboid.trainer.tokenizer import Tokenizer
 
 _PREDICTED, _MASKED, _SAID = "bold green", "dim", "cyan"
@@ -55,7 +55,19 @@ def show(name: str, overrides: Sequence[str], *, number: int) -> None:
     for sequence in range(number):
         _print_sequence(console, found["training"], sequence, tokenizer)
     for part, dataset in found.items():
-        console.print(f"{part}: {_statistics(dataset)}", style=_SAID, markup=False, soft_wrap=True)
+        for entry, own in _sources(dataset):
+            console.print(f"{part}{entry}: {_statistics(own)}", style=_SAID, markup=False, soft_wrap=True)
+
+
+def _sources(dataset: Dataset | Mixture) -> Iterator[tuple[str, Dataset]]:
+    """Each data set of a mixture and its share, in words."""
+    from cuboid.trainer.data import Mixture
+
+    if not isinstance(dataset, Mixture):
+        yield "", dataset
+        return
+    for number, (share, part) in enumerate(zip(dataset.slots, dataset.parts, strict=True), start=1):
+        yield f", entry {number} of data.path ({share / dataset.slots.sum():.1%} of the sequences)", part
 
 
 def _statistics(dataset: Dataset) -> str:
@@ -80,7 +92,7 @@ class _Run(NamedTuple):
     text: str
 
 
-def _print_sequence(console: Console, dataset: Dataset, number: int, tokenizer: Tokenizer) -> None:
+def _print_sequence(console: Console, dataset: Dataset | Mixture, number: int, tokenizer: Tokenizer) -> None:
     batch = dataset.batch(range(number, number + 1))
     ids, labels, positions = (part[0].numpy() for part in (batch.input_ids, batch.labels, batch.position_ids))
     console.print(f"sequence {number + 1} of the run", style=_SAID, markup=False)

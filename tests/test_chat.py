@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.check_data import data_errors
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.tokenizer import PretrainedTokenizer
+from cuboid.trainer.tokenizer import PretrainedTokenizer, open_tokenizer
 
 Message = Mapping[str, Any]
+SMOLLM2 = Path(__file__).parents[1] / "models" / "smollm2"
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
@@ -214,3 +216,39 @@ def test_templates_that_cannot_be_used_are_told_before_anything_is_read(tmp_path
     ]
     (line,) = told(kind="text", truncation="drop")
     assert line == "data.truncation=drop means nothing for data.kind=text; use end, or data.kind=chat or instruct"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="`make smollm2` was not run")
+def test_a_real_models_conversations_are_what_transformers_makes_of_them(tmp_path):
+    """SmolLM2's template marks nothing; the reference is the same template with marks around the assistant's words."""
+    from transformers import AutoTokenizer
+
+    tokenizer = open_tokenizer("auto", pretrained=str(SMOLLM2))
+    reference = AutoTokenizer.from_pretrained(SMOLLM2)
+    plain = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    assert reference.chat_template.count(plain) == 1
+    content = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    said_so = "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}" + content
+    marked = reference.chat_template.replace(plain, said_so + "{% else %}" + plain + "{% endif %}")
+    wanted, conversations = [], [CONVERSATIONS[0], CONVERSATIONS[3]]
+    for number in range(300):
+        words = [f"{'Wörter ' * (turn + 1)}{number} 🎉\n\tx = {turn}" for turn in range(2 + number % 5)]
+        conversations.append(said(*words))
+    for messages in conversations:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "chat_template": marked}
+        expected = reference.apply_chat_template(messages, **options)
+        assert expected["input_ids"] == reference.apply_chat_template(messages)["input_ids"]
+        ids, mask = expected["input_ids"], expected["assistant_masks"]
+        wanted.append(
+            (ids, [*(t if answers else IGNORE for t, answers in zip(ids[1:], mask[1:], strict=True)), IGNORE])
+        )
+    path = chats(tmp_path / "x.jsonl", conversations)
+    data = prepared(path, tmp_path / "cache", kind="chat", tokenizer=tokenizer, sequence_length=256)
+    assert sorted(examples(data)) == sorted(wanted)
+    # newline and space are one token here: no prompt ends within it, so that no model ever says it
+    path, options = chats(tmp_path / "y.jsonl", [said("Speak!", "  Yes.")]), {"kind": "chat", "tokenizer": tokenizer}
+    ((ids, labels),) = examples(prepared(path, tmp_path / "cache", sequence_length=64, **options))
+    predicted = [label for label in labels if label != IGNORE]
+    assert tokenizer.decode(predicted) == " Yes.<|im_end|>"
+    assert tokenizer.decode(ids[: ids.index(predicted[0])]).endswith("assistant\n ")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.conversations import form_of
 from cuboid.trainer.corpus import find_corpus
-from cuboid.trainer.recipe import ColumnSettings, DataSettings, Recipe
+from cuboid.trainer.recipe import MIXTURE, ColumnSettings, DataSettings, Recipe
 from cuboid.trainer.recipe_errors import shown
 from cuboid.trainer.tokenizer import open_tokenizer
 
@@ -34,6 +34,7 @@ def data_errors(recipe: Recipe, vocab_size: int | None) -> Iterator[UserError]:
         constraint = "has nothing to evaluate on"
         yield FieldError("train.eval_every", recipe.train.eval_every, constraint, "give data.eval_path, or use 0")
     yield from _kind_errors(data)
+    yield from _weight_errors(data)
     form, errors = None, []
     if vocab_size is not None:
         try:
@@ -61,3 +62,17 @@ def _kind_errors(data: DataSettings) -> Iterator[FieldError]:
             kinds = " or ".join(kind for kind, fields in _BELONGS.items() if name in fields)
             remedy = f"use {shown(default)}, or data.kind={kinds}"
             yield FieldError(f"data.{name}", shown(given), f"means nothing for data.kind={data.kind}", remedy)
+
+
+def _weight_errors(data: DataSettings) -> Iterator[FieldError]:
+    if data.weights is None:
+        return
+    entries = 1 if isinstance(data.path, str) else len(data.path)
+    given = shown(list(data.weights))
+    if isinstance(data.path, str) or len(data.weights) != entries:
+        constraint = f"gives {len(data.weights)} for {entries} of data.path"
+        yield FieldError("data.weights", given, constraint, "give data.path as a list, and a weight for each entry")
+    elif min(data.weights) * MIXTURE < sum(data.weights):
+        constraint = f"gives an entry of data.path less than 1 of {MIXTURE} sequences"
+        remedy = f"use at least {sum(data.weights) / MIXTURE:.2g}, or leave the entry out"
+        yield FieldError("data.weights", given, constraint, remedy)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.conversations import form_of
 from cuboid.trainer.corpus import find_corpus
 from cuboid.trainer.packing import Packs, pack
-from cuboid.trainer.recipe import DataSettings
+from cuboid.trainer.recipe import MIXTURE, DataSettings
 from cuboid.trainer.tokenizer import Tokenizer
 from cuboid.trainer.tokens import Tokens, prepare_tokens
 
@@ -131,12 +132,11 @@ class Dataset:
 
     def batch(self, samples: range) -> Batch:
         """The samples with these numbers, in this order."""
-        numbers = np.arange(samples.start, samples.stop, samples.step, dtype=np.int64)
-        place = np.empty_like(numbers)
-        epochs = numbers // self.num_samples
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            place[here] = permute(numbers[here] % self.num_samples, self.num_samples, seed=self._seed, epoch=int(epoch))
+        return self.take(np.arange(samples.start, samples.stop, samples.step, dtype=np.int64))
+
+    def take(self, numbers: np.ndarray) -> Batch:
+        """The samples with these numbers, int64, [n]."""
+        place = _shuffled(numbers, self.num_samples, seed=self._seed)
         if self.packs is not None:
             return self._laid(place, self.packs)
         if self._packing:
@@ -192,15 +192,60 @@ def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(first - np.cumsum(lengths) + lengths, lengths)
 
 
+class Mixture:
+    """Samples by number of several data sets, each with its share and none ever exhausted.
+
+    Of every `MIXTURE` samples each data set gives its share: the next ones of its own order, which goes on without end.
+    These samples come in an order drawn for them alone. So a data set's epochs are its own, and nothing depends on the
+    mesh.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], *, seed: int) -> None:
+        self.parts, self.slots, self._seed = tuple(parts), slots(weights), seed
+        facts = [_ORDER, [part.fingerprint for part in parts], self.slots.tolist(), seed]
+        self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        totals = {name: sum(part.facts[name] for part in parts) for name in ("documents", "tokens", "sequences")}
+        self.num_samples: int = totals["sequences"]
+        """Of all data sets, each taken whole."""
+        self.facts: dict[str, Any] = {
+            **totals,
+            "left_out": "; ".join(part.facts["left_out"] for part in parts if part.facts["left_out"]),
+        }
+        """Sums, and what was left out of each."""
+
+    def batch(self, samples: range) -> Batch:
+        """The samples with these numbers, in this order."""
+        which, own = self.places(np.arange(samples.start, samples.stop, samples.step, dtype=np.int64))
+        found = [part.take(own[which == number]) for number, part in enumerate(self.parts)]
+        back = torch.from_numpy(np.argsort(np.argsort(which, kind="stable")))
+        columns = zip(*((batch.input_ids, batch.labels, batch.position_ids) for batch in found), strict=True)
+        return Batch(*(torch.cat(column)[back] for column in columns))
+
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which data set, which of its samples) these samples are; int64, [n] each."""
+        slot = _shuffled(numbers, MIXTURE, seed=self._seed)
+        ends = np.cumsum(self.slots)
+        which = np.searchsorted(ends, slot, side="right")
+        return which, numbers // MIXTURE * self.slots[which] + slot - (ends - self.slots)[which]
+
+
+def slots(weights: Sequence[float]) -> np.ndarray:
+    """`MIXTURE` divided by weight, by the largest remainders; int64."""
+    shares = np.array(weights) / sum(weights) * MIXTURE
+    whole = np.floor(shares).astype(np.int64)
+    whole[np.argsort(whole - shares, kind="stable")[: MIXTURE - whole.sum()]] += 1
+    return whole
+
+
 def held_out_settings(settings: DataSettings) -> DataSettings | None:
     """What evaluation reads: the same kind of data from `eval_path`; None where that is not given."""
     if settings.eval_path is None:
         return None
-    return settings.model_copy(update={"path": settings.eval_path, "split": settings.eval_split})
+    return settings.model_copy(update={"path": settings.eval_path, "split": settings.eval_split, "weights": None})
 
 
-def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: Path) -> Dataset:
-    """The data set of a recipe. Tokenised once for all processes that share `cache`; later ones map what is there.
+def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: Path) -> Dataset | Mixture:
+    """The data set or mixture of a recipe. Tokenised once for all processes that share `cache`; later ones map it.
 
     Args:
         settings: the recipe's `data`.
@@ -211,8 +256,17 @@ def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: P
     Raises:
         UserError: nothing there, nothing usable, a broken line (file and number), a cache that cannot be written.
     """
+    if settings.weights is not None:
+        parts = [_prepare(path, settings, tokenizer, seed, cache) for path in settings.path]
+        return Mixture(parts, settings.weights, seed=seed)
+    return _prepare(settings.path, settings, tokenizer, seed, cache)
+
+
+def _prepare(
+    path: str | Sequence[str], settings: DataSettings, tokenizer: Tokenizer, seed: int, cache: Path
+) -> Dataset:
     corpus = find_corpus(
-        settings.path,
+        path,
         split=settings.split,
         subset=settings.subset,
         form=form_of(settings, tokenizer),
@@ -237,6 +291,16 @@ def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: P
         tokenizer=tokenizer,
         packs=packs,
     )
+
+
+def _shuffled(numbers: np.ndarray, size: int, *, seed: int) -> np.ndarray:
+    """Numbers that go on without end, each run of ``size`` of them in an order of its own; in range(size)."""
+    place = np.empty_like(numbers)
+    epochs = numbers // size
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        place[here] = permute(numbers[here] % size, size, seed=seed, epoch=int(epoch))
+    return place
 
 
 def permute(numbers: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:

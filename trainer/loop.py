@@ -18,7 +18,7 @@ from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights, layers_of_stages
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
-from cuboid.trainer.data import Batch, Dataset, held_out_settings, prepare
+from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.engine import Engine, NotFinite, StepResult
 from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
@@ -47,8 +47,8 @@ class Run:
     model_config: dict[str, Any]
     versions: dict[str, str]
     """Of what computes; on rank 0."""
-    dataset: Dataset
-    held_out: Dataset | None
+    dataset: Dataset | Mixture
+    held_out: Dataset | Mixture | None
     """What evaluation reads."""
     engine: Engine
     recorder: Recorder
@@ -109,7 +109,7 @@ def train_step(run: Run) -> StepResult:
     return result
 
 
-def evaluate(run: Run, held_out: Dataset) -> tuple[float, int]:
+def evaluate(run: Run, held_out: Dataset | Mixture) -> tuple[float, int]:
     """(mean loss, predicted tokens) of the first held-out samples, each once, on every rank."""
     plan = run.recipe.batch_plan
     count = min(run.recipe.train.eval_batches * plan.global_batch, held_out.num_samples)

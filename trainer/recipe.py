@@ -56,6 +56,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+MIXTURE = 1024
+"""Sequences among which each entry of a mixture has exactly its share; weights are rounded to so many parts."""
 Number = Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32", "bfloat16"))]
 
 
@@ -140,6 +142,8 @@ class DataSettings(Settings):
     instruct: pairs of prompt and response, of which the response is predicted."""
     path: Text | Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
     """A local file, folder or glob, a hub id of datasets, package:stdlib (the built-in corpus), or a list of these."""
+    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] | None = None
+    """Share of the sequences that each entry of path gives, as weights; null: the entries are read as one."""
     split: Text = "train"
     """Split of a hub data set."""
     subset: Text | None = None
