@@ -6,17 +6,27 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from harness import run_ranks
+from runs import recipe_on
 from samples import BYTES, examples, prepared, write_rows
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.loss import IGNORE
+from cuboid.parallel.mesh import connect
 from cuboid.trainer import packing
+from cuboid.trainer.assemble import assemble, initial_weights
+from cuboid.trainer.data import prepare
+from cuboid.trainer.model import draw_blueprint, whole_model
+from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.packing import best_fit
+from cuboid.trainer.recipe import Recipe
 
 LENGTH = 32
 
@@ -136,3 +146,49 @@ def test_the_fingerprint_tells_masks_templates_and_cuts_apart(tmp_path: Path) ->
     ]
     assert len(set(found)) == len(found)
     assert fingerprint(rows) == found[0]
+
+
+def _enlarge(parameters: Iterable[torch.Tensor]) -> None:
+    """Initial weights are so small that attention hardly matters."""
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+
+
+def evaluated(recipe: Recipe, cache: Path) -> list[tuple[float, int]]:
+    """In every rank: (loss, predicted tokens) of an epoch, packed and with a sequence for each example."""
+    found = []
+    with connect(recipe.layout, timeout_seconds=60) as block:
+        blueprint = draw_blueprint(read_checked_config(recipe.model), attention="auto")
+        engine = assemble(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        _enlarge(parameter for _, parameter in engine.parameters)
+        for packed in (True, False):
+            settings = recipe.data.model_copy(update={"packing": packed})
+            data = prepare(settings, tokenizer=BYTES, seed=recipe.seed, cache=cache)
+            share = recipe.train.global_batch // block.layout.data
+            numbers = range(block.coordinate.data * share, data.num_samples, recipe.train.global_batch)
+            found.append(engine.evaluate(data.batch(range(n, min(n + share, data.num_samples))) for n in numbers))
+    return found
+
+
+def test_a_packed_example_is_to_a_mesh_what_it_is_alone_to_transformers(tmp_path: Path) -> None:
+    path = instructions(tmp_path / "x.jsonl", 48)
+    data = {"kind": "instruct", "path": path, "sequence_length": 64}
+    recipe = recipe_on("2x1x2", changes={"data": data})
+    found = run_ranks(evaluated, recipe.layout.world_size, recipe, tmp_path / "cache", timeout=120)
+    blueprint = draw_blueprint(read_checked_config(recipe.model), attention="auto")
+    model, read = whole_model(blueprint), initial_weights(recipe, blueprint)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            read(name, tuple(slice(0, size) for size in parameter.shape), parameter)
+        _enlarge(model.parameters())
+        total, count = 0.0, 0
+        for ids, labels in examples(prepared(path, tmp_path / "cache", kind="instruct", sequence_length=64)):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            total += F.cross_entropy(logits.double(), torch.tensor(labels), ignore_index=IGNORE, reduction="sum").item()
+            count += sum(label != IGNORE for label in labels)
+    for losses in found:
+        for loss, tokens in losses:
+            assert tokens == count
+            assert loss == pytest.approx(total / count, rel=1e-6)
