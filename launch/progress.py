@@ -1,4 +1,4 @@
-"""What the user sees of a run: a bar on a terminal, plain lines elsewhere, fed by the run's own logs. The rich door.
+"""What the user sees of a run: a bar on a terminal, plain lines elsewhere, fed by the run's own logs. A rich door.
 
 Nothing here knows the launcher or the ranks; the run's folder tells all.
 """
@@ -119,6 +119,8 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"going on after step {event['step']}"
     if kind == "adapter":
         return _adapter_words(event)
+    if kind == "data" and event["left_out"]:
+        return f"data: {event['left_out']}"
     if kind == "checkpoint_refused":
         return f"{event['path']} is refused: {'; '.join(event['faults'][:3])}; trying the one before it"
     if kind.endswith("_failed") or kind == "checkpoint_not_removed":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 from harness import RanksFailed, run_ranks
 from runs import EVERY, STEPS, check_resumed, events, losses, recipe_on, run, saved_facts, shards
+from samples import said, write_rows
 from stores import flip, kill_at_file_operation
 
 from cuboid.trainer.checkpoint import load
@@ -24,6 +26,7 @@ from cuboid.trainer.inspection import listing
 from cuboid.trainer.loop import train
 from cuboid.trainer.manifest import PARTIAL, read_manifest
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.runlog import read_metrics
 from cuboid.trainer.tensor_table import read_table
 
 
@@ -212,6 +215,35 @@ def test_draws_are_repeated(undisturbed: Path, tmp_path: Path) -> None:
     check_resumed(tmp_path, at=3)
     assert losses(tmp_path) == whole
     assert shards(tmp_path, STEPS) == files
+
+
+@pytest.mark.parametrize("mesh", ["2x2x1", pytest.param("1x1x2", marks=pytest.mark.full)])
+def test_conversations_go_on_at_the_same_sample(tmp_path: Path, mesh: str) -> None:
+    """Packed, some too long, one broken; evaluated on others."""
+    words = [(f"{number}?" * (1 + number % 9), "yes" * (1 + number * number % 21)) for number in range(90)]
+    for name, chosen in (("train", words[:70]), ("held-out", words[70:])):
+        write_rows(tmp_path / f"{name}.jsonl", [{"messages": said(*turn)} for turn in chosen] + ["no JSON"])
+    data = {"kind": "chat", "chat_template": "chatml", "sequence_length": 112, "broken": "skip", "truncation": "drop"}
+    paths = {"path": str(tmp_path / "train.jsonl"), "eval_path": str(tmp_path / "held-out.jsonl")}
+    changes = {"data": data | paths, "train": {"eval_every": STEPS}}
+    folder = tmp_path / "run"
+    run(recipe_on("2x2x1", changes=changes), folder)
+    whole, evaluated = losses(folder), read_metrics(folder)[-1]["eval_loss"]
+    (told,) = events(folder, "data")
+    assert told["documents"] == 70
+    left_out = r"broken and skipped: 1 \(.*train.jsonl, line 71: not JSON.*, dropped as too long: 24"
+    assert re.fullmatch(left_out, told["left_out"])
+    for step in (6, 9):
+        shutil.rmtree(checkpoint_of(folder, step))
+    shutil.rmtree(Path(os.environ["CUBOID_CACHE"]) / "packs")  # packed once more
+    run(recipe_on(mesh, changes=changes), folder)
+    check_resumed(folder, at=3)
+    if mesh == "2x2x1":
+        assert losses(folder) == whole
+    for (_, loss, norm), (_, expected, expected_norm) in zip(losses(folder), whole, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+    assert read_metrics(folder)[-1]["eval_loss"] == pytest.approx(evaluated, rel=1e-5)
 
 
 def test_the_data_goes_on_where_it_stood(undisturbed: Path) -> None:

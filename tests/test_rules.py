@@ -35,7 +35,7 @@ DOORS = {
     "peft": {"trainer/adapters.py"},
     "pydantic": {"trainer/recipe.py", "trainer/recipe_fields.py"},
     "ray": {"launch/ray_group.py"},
-    "rich": {"launch/progress.py"},
+    "rich": {"launch/data.py", "launch/progress.py"},
     "safetensors": {"trainer/weights.py", "trainer/restore.py"},
     "torch.distributed.device_mesh.DeviceMesh.from_group": {"parallel/mesh.py"},
     "torch.distributed.fsdp": {"parallel/data.py"},
@@ -43,6 +43,7 @@ DOORS = {
     "torch.distributed.pipelining": {"parallel/pipeline.py"},
     "trackio": {"trainer/track.py"},
     "transformers": {
+        "trainer/chat_template.py",
         "trainer/families.py",
         "trainer/model.py",
         "trainer/model_config.py",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers  # also since its log handler keeps the stream that it finds first: not the runner's
+from samples import chats, said
 from torch.distributed.tensor import Replicate
 from typer.testing import CliRunner
 
@@ -85,6 +86,21 @@ def test_the_recipes_own_model_is_compared_where_it_is_not_shrunk(verify: Verify
     assert code == 0, printed
     assert "the same numbers" in printed
     assert "shrunk" not in printed
+
+
+@pytest.mark.parametrize("shrink", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_conversations_packed_with_very_uneven_masks_pass(verify: Verify, tmp_path: Path, shrink: bool) -> None:
+    """Several to a sequence, a few predicted tokens in some and nearly all in others."""
+    turns = [("?" * (1 + row % 23), "!" * (1 + (row * row) % 61) if row % 3 else ".") for row in range(400)]
+    chats(tmp_path / "chat.jsonl", [said(*turn) for turn in turns])
+    data = "{kind: chat, path: chat.jsonl, tokenizer: bytes, chat_template: chatml, sequence_length: 256}"
+    code, printed = verify(f"data={data}", "model.config.num_hidden_layers=4", shrink=shrink, as_json=True)
+    assert code == 0, printed
+    found = json.loads(printed.splitlines()[-1])
+    assert found["pass"] is True
+    assert found["mesh"].startswith("pipeline 2 x data 2 x tensor 2")
+    assert found["loss_rel"] <= 1e-6
+    assert found["missing_gradients"] == []
 
 
 def test_a_pretrained_model_is_shrunk_whatever_else_its_config_holds(verify: Verify, tmp_path: Path) -> None:

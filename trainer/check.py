@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from math import gcd
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.check_data import data_errors
 from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
@@ -126,7 +126,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
             *_model_errors(recipe, config),
             *_teacher_errors(recipe, config),
         ]
-    errors += _data_errors(recipe, config)
+    errors += data_errors(recipe, config and config.vocab_size)
     if devices:  # a machine that only submits needs no tracker
         errors += _track_errors(recipe)
     if errors:
@@ -329,29 +329,6 @@ def _teacher_errors(recipe: Recipe, student: PretrainedConfig) -> Iterator[UserE
         yield from teacher_errors(recipe, student, config)
         errors += [*_tensor_errors(own, config), *_stage_errors(own, config), *_model_errors(own, config)]
     yield from as_of_teacher(recipe, errors)
-
-
-def _data_errors(recipe: Recipe, config: PretrainedConfig | None) -> Iterator[UserError]:
-    from cuboid.trainer.corpus import find_corpus
-    from cuboid.trainer.tokenizer import open_tokenizer
-
-    data = recipe.data
-    if recipe.train.eval_every and data.eval_path is None:
-        constraint = "has nothing to evaluate on"
-        yield FieldError("train.eval_every", recipe.train.eval_every, constraint, "give data.eval_path, or use 0")
-    for field, path, split in (("path", data.path, data.split), ("eval_path", data.eval_path, data.eval_split)):
-        if path is not None:
-            find = partial(find_corpus, path, text_column=data.text_column, split=split, subset=data.subset)
-            for error in _attempt(find)[0]:
-                if isinstance(error, FieldError) and error.field == "data.path":
-                    yield FieldError(f"data.{field}", error.value, error.constraint, error.remedy)
-                else:
-                    yield error
-    if config is not None:
-        size = config.vocab_size
-        yield from _attempt(
-            lambda: open_tokenizer(data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=size)
-        )[0]
 
 
 def _track_errors(recipe: Recipe) -> list[UserError]:

@@ -1,4 +1,7 @@
-"""Where documents come from: text files, the built-in corpus, and the datasets door. Imports no torch."""
+"""Where documents come from: files, tables, the built-in corpus, and the datasets door. Imports no torch.
+
+What a row becomes is said by a `Form`: a text here, a conversation in `conversations`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,39 @@ _ROWS = 1000
 
 
 @dataclass(frozen=True)
+class Example:
+    """A document of which only a part is predicted."""
+
+    text: str
+    predicted: tuple[tuple[int, int], ...]
+    """[start, stop) of the characters that are predicted, in order."""
+    ends: bool
+    """Whether the tokenizer's end token follows, predicted too; a chat template has written its own."""
+
+
+Document = str | Example
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is made of a row."""
+
+    key: list[Any]
+    """JSON that changes with what is made."""
+    columns: tuple[str, ...]
+    """Columns that every row has."""
+    optional: tuple[str, ...]
+    """Columns that are read where they are there."""
+    field: str
+    """Field of the recipe that names the columns."""
+    document: Callable[[Row], Document]
+    """Raises UserError where the row is broken."""
+    examples: bool = True
+    """Whether it makes an `Example` of a row; else a text, and a whole text file is a document too."""
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Documents that were found and not yet read."""
 
@@ -34,8 +70,11 @@ class Corpus:
     """JSON that changes when the content may have changed: files with size and times, or the hub id and split."""
     num_bytes: int | None
     """Bytes to read, where known beforehand."""
-    read: Callable[[], Iterator[str]]
-    """Reads the documents, always in the same order; raises UserError at the first that is broken."""
+    read: Callable[[], Iterator[Document | UserError]]
+    """Reads the documents, always in the same order; at one that is broken it raises, or gives the error in its place
+    where broken ones are skipped."""
+    examples: bool = False
+    """Whether its documents are examples."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +83,29 @@ class _Part:
 
     key: Any
     num_bytes: int | None
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterable[Document | UserError]]
+
+
+def text_form(column: str) -> Form:
+    """A row is the text in ``column``; null is an empty one."""
+
+    def text(row: Row) -> str:
+        value = row[column]
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"column {column} holds {type(value).__name__}, not text; set data.text_column")
+        return value or ""
+
+    return Form([column], (column,), (), "data.text_column", text, examples=False)
 
 
 def find_corpus(
-    path: str | Sequence[str], *, text_column: str = "text", split: str = "train", subset: str | None = None
+    path: str | Sequence[str],
+    *,
+    text_column: str = "text",
+    split: str = "train",
+    subset: str | None = None,
+    form: Form | None = None,
+    skip_broken: bool = False,
 ) -> Corpus:
     """Finds what `data.path` names and reads nothing yet.
 
@@ -58,47 +115,54 @@ def find_corpus(
         text_column: the column of tables and .jsonl files that holds the text.
         split: of a data set that datasets loads by hub id or folder.
         subset: of a data set that has several (their config name).
+        form: what is made of a row; None: the text of ``text_column``.
+        skip_broken: give the error of a broken document in its place and go on.
 
     Raises:
         UserError: something named is not there.
     """
     names = [path] if isinstance(path, str) else list(path)
     select = {"split": split} | ({} if subset is None else {"name": subset})
-    parts = [part for name in names for part in _parts(name, text_column, select)]
+    form = form or text_form(text_column)
+    parts = [part for name in names for part in _parts(name, form, select)]
     sizes = [part.num_bytes for part in parts]
     known = [size for size in sizes if size is not None]
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator[Document | UserError]:
         for part in parts:
-            yield from part.read()
+            for document in part.read():
+                if isinstance(document, UserError) and not skip_broken:
+                    raise document
+                yield document
 
-    key = [text_column, *(part.key for part in parts)]
-    return Corpus(", ".join(names), key, sum(known) if len(known) == len(sizes) else None, read)
+    key = [*form.key, *(part.key for part in parts), *(["skip"] if skip_broken else [])]
+    return Corpus(", ".join(names), key, sum(known) if len(known) == len(sizes) else None, read, form.examples)
 
 
-def _parts(name: str, text_column: str, select: dict[str, str]) -> list[_Part]:
+def _parts(name: str, form: Form, select: dict[str, str]) -> list[_Part]:
     if name.startswith("package:"):
-        return _package(name)
+        return _package(name, form)
     place = Path(name).expanduser()
     if place.is_dir():
-        return _folder(name, place, text_column, select)
+        return _folder(name, place, form, select)
     if place.is_file():
-        return [_file(place, text_column)]
+        return [_file(place, form)]
     if glob.has_magic(name):
         found = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if os.path.isfile(match))
         if not found:
             raise FieldError("data.path", name, "matches no file", "look at the pattern and the working directory")
-        return [_file(file, text_column) for file in found]
+        return [_file(file, form) for file in found]
     if _HUB_ID.fullmatch(name) and place.suffix not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".jsonl"):
-        return [_Part(["hub", name, select], None, lambda: _load(name, name, text_column, **select))]
+        return [_Part(["hub", name, select], None, lambda: _load(name, name, form, **select))]
     remedy = f"give a file, a folder, a glob, a hub id or {PACKAGES[0]} (relative to {Path.cwd()})"
     raise FieldError("data.path", name, "does not exist", remedy)
 
 
-def _package(name: str) -> list[_Part]:
+def _package(name: str, form: Form) -> list[_Part]:
     """The source text of Python's standard library, sorted by path: always there, the same for one Python release."""
     if name not in PACKAGES:
         raise FieldError("data.path", name, "is no built-in corpus", f"use {PACKAGES[0]}")
+    _refuse_text(name, form)
     root = Path(sysconfig.get_path("stdlib"))
     found: list[Path] = []
     for folder, inner, files in os.walk(root):
@@ -113,6 +177,13 @@ def _package(name: str) -> list[_Part]:
     return [_Part(_stat_key(file), file.stat().st_size, partial(_source, file)) for file in found]
 
 
+def _refuse_text(name: object, form: Form) -> None:
+    if form.examples:
+        constraint = f"is running text, without the columns {', '.join(form.columns)}"
+        remedy = "give .jsonl, .parquet, .csv or a hub id, or use data.kind=text"
+        raise FieldError("data.path", name, constraint, remedy)
+
+
 def _source(file: Path) -> Iterator[str]:
     try:
         yield file.read_bytes().decode("utf-8")
@@ -120,7 +191,7 @@ def _source(file: Path) -> Iterator[str]:
         return
 
 
-def _folder(name: str, folder: Path, text_column: str, select: dict[str, str]) -> list[_Part]:
+def _folder(name: str, folder: Path, form: Form, select: dict[str, str]) -> list[_Part]:
     """All readable files below a folder, sorted by path; a folder with tables is a data set and goes to datasets."""
     files = [
         file
@@ -132,21 +203,22 @@ def _folder(name: str, folder: Path, text_column: str, select: dict[str, str]) -
     if tables:
         key = ["folder", select, *(_stat_key(file) for file in files)]
         size = sum(file.stat().st_size for file in files)
-        return [_Part(key, size, lambda: _load(name, str(folder), text_column, **select))]
+        return [_Part(key, size, lambda: _load(name, str(folder), form, **select))]
     texts = [file for file in files if file.suffix in (*TEXT_SUFFIXES, ".jsonl")]
     if not texts:
         suffixes = ", ".join((*TEXT_SUFFIXES, ".jsonl", ".parquet", ".csv"))
         raise FieldError("data.path", name, f"holds no file that ends in {suffixes}", "name the files themselves")
-    return [_file(file, text_column) for file in texts]
+    return [_file(file, form) for file in texts]
 
 
-def _file(file: Path, text_column: str) -> _Part:
+def _file(file: Path, form: Form) -> _Part:
     key, size = _stat_key(file), file.stat().st_size
     if file.suffix == ".jsonl":
-        return _Part(key, size, lambda: _json_lines(file, text_column))
+        return _Part(key, size, lambda: _json_lines(file, form))
     if reader := TABLE_SUFFIXES.get(file.suffix):
         files = {"train": [str(file)]}
-        return _Part(key, size, lambda: _load(str(file), reader, text_column, data_files=files, split="train"))
+        return _Part(key, size, lambda: _load(str(file), reader, form, data_files=files, split="train"))
+    _refuse_text(file, form)
     return _Part(key, size, lambda: _text(file))
 
 
@@ -156,49 +228,53 @@ def _stat_key(file: Path) -> list[Any]:
     return [str(file.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
-def _text(file: Path) -> Iterator[str]:
+def _text(file: Path) -> Iterator[str | UserError]:
     try:
         yield file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise FieldError("data.path", file, f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise FieldError(
-            "data.path", file, f"is not UTF-8 text (byte {error.start})", "convert it or leave it out"
-        ) from error
+        constraint = f"is not UTF-8 text (byte {error.start})"
+        yield FieldError("data.path", file, constraint, "convert it or leave it out")
 
 
-def _json_lines(file: Path, text_column: str) -> Iterator[str]:
+def _json_lines(file: Path, form: Form) -> Iterator[Document | UserError]:
     try:
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line := line.strip():
-                    yield _json_text(line, f"{file}, line {number}", text_column)
+                    yield _made(line, f"{file}, line {number}", form)
     except OSError as error:
         raise FieldError("data.path", file, f"cannot be read ({error.strerror})") from error
 
 
-def _json_text(line: bytes, place: str, text_column: str) -> str:
+def _json_row(line: bytes, form: Form) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from error
+        raise UserError(f"not JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a JSON object is needed, this is {type(row).__name__}")
-    if text_column not in row:
-        have = ", ".join(row) or "none"
-        raise UserError(f"{place}: no column {text_column} (there are: {have}); set data.text_column")
-    return _as_text(row[text_column], place, text_column)
+        raise UserError(f"a JSON object is needed, this is {type(row).__name__}")
+    _refuse_missing(row, form)
+    return row
 
 
-def _as_text(value: object, place: str, text_column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{place}: column {text_column} holds {type(value).__name__}, not text; set data.text_column")
-    return value
+def _refuse_missing(row: Iterable[str], form: Form) -> None:
+    have = list(row)
+    for column in form.columns:
+        if column not in have:
+            raise UserError(f"no column {column} (there are: {', '.join(have) or 'none'}); set {form.field}")
 
 
-def _load(label: str, source: str, text_column: str, **arguments: Any) -> Iterator[str]:
+def _made(given: bytes | Row, place: str, form: Form) -> Document | UserError:
+    """The document of a row (JSON in bytes), or what is wrong with the row, and where."""
+    try:
+        return form.document(_json_row(given, form) if isinstance(given, bytes) else given)
+    except UserError as error:
+        return UserError(f"{place}: {error}")
+
+
+def _load(label: str, source: str, form: Form, **arguments: Any) -> Iterator[Document | UserError]:
     """The datasets door: rows of a hub data set, a local data set folder or a table file.
 
     A hub data set is tokenised once for its id and split; remove the cache folder to read a newer version of it.
@@ -214,11 +290,14 @@ def _load(label: str, source: str, text_column: str, **arguments: Any) -> Iterat
         missing = "" if os.path.exists(label) else "is no file or folder here, and "
         constraint = f"{missing}cannot be loaded by datasets ({reason})"
         raise FieldError("data.path", label, constraint) from error
-    if text_column not in table.column_names:
-        have = ", ".join(table.column_names)
-        raise UserError(f"{label}: no column {text_column} (there are: {have}); set data.text_column")
-    row = 0
-    for rows in table.select_columns([text_column]).iter(batch_size=_ROWS):
-        for value in rows[text_column]:
-            row += 1
-            yield _as_text(value, f"{label}, row {row}", text_column)
+    try:
+        _refuse_missing(table.column_names, form)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
+    columns = [*form.columns, *(column for column in form.optional if column in table.column_names)]
+    number = 0
+    for rows in table.select_columns(columns).iter(batch_size=_ROWS):
+        for values in zip(*(rows[column] for column in columns), strict=True):
+            number += 1
+            row = dict(zip(columns, values, strict=True))
+            yield _made(row, f"{label}, row {number}", form)

@@ -19,7 +19,7 @@ from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
-from cuboid.trainer.data import Batch, Dataset, prepare
+from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.engine import Engine, NotFinite, StepResult
 from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import Blueprint, draw_blueprint, local_folder
@@ -52,8 +52,8 @@ class Run:
     """Of an adapter run: what is trained, and the fingerprint of the frozen rest."""
     versions: dict[str, str]
     """Of what computes; on rank 0."""
-    dataset: Dataset
-    held_out: Dataset | None
+    dataset: Dataset | Mixture
+    held_out: Dataset | Mixture | None
     """What evaluation reads."""
     engine: Engine
     recorder: Recorder
@@ -128,7 +128,7 @@ def prune(run: Run, step: int) -> None:
         run.recorder.event("prune", step=step, zeros=share, **losses)
 
 
-def evaluate(run: Run, held_out: Dataset) -> tuple[float, int]:
+def evaluate(run: Run, held_out: Dataset | Mixture) -> tuple[float, int]:
     """(mean loss, predicted tokens) of the first held-out samples, each once, on every rank."""
     plan = run.recipe.batch_plan
     count = min(run.recipe.train.eval_batches * plan.global_batch, held_out.num_samples)
@@ -151,9 +151,10 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     _same_on_every_rank("the data's fingerprint", dataset.fingerprint)
+    if block.rank == 0:
+        recorder.event("data", **dataset.facts)
     held_out = None
-    if recipe.train.eval_every and recipe.data.eval_path is not None:
-        settings = recipe.data.model_copy(update={"path": recipe.data.eval_path, "split": recipe.data.eval_split})
+    if recipe.train.eval_every and (settings := held_out_settings(recipe.data)):
         held_out = prepare(settings, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
         _same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
     recorder.phase("data")

@@ -212,17 +212,28 @@ def _backward(
 
 
 def _batches(recipe: Recipe, original: Recipe) -> list[Batch]:
-    """The recipe's first global batches, their labels thinned by more in each row: only where microbatches and ranks
-    predict unequally many tokens does a mean of means differ from the mean."""
+    """The recipe's first global batches, of each sequence the part that a shorter one holds, labels thinned by more in
+    each row: only where microbatches and ranks predict unequally many tokens does a mean of means differ from the
+    mean."""
     vocabulary = read_checked_config(original.model).vocab_size
     tokenizer = open_tokenizer(original.data.tokenizer, pretrained=original.model.pretrained, vocab_size=vocabulary)
-    dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
+    dataset = prepare(original.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     smaller, rows = read_checked_config(recipe.model).vocab_size, recipe.train.global_batch
     batches = []
     for step in range(STEPS):
-        batch = dataset.batch(range(step * rows, (step + 1) * rows))
+        batch = _window(dataset.batch(range(step * rows, (step + 1) * rows)), recipe.data.sequence_length)
         labels = torch.where(batch.labels == IGNORE, IGNORE, batch.labels % smaller)
         for row in range(rows):
             labels[row, : row * labels.shape[1] // rows] = IGNORE
         batches.append(Batch(batch.input_ids % smaller, labels, batch.position_ids))
     return batches
+
+
+def _window(batch: Batch, length: int) -> Batch:
+    """Of each row, [n, T] -> [n, ``length``], those among which most are predicted: of a conversation, an answer."""
+    counts = F.pad((batch.labels != IGNORE).cumsum(1), (1, 0))
+    first = (counts[:, length:] - counts[:, :-length]).argmax(1, keepdim=True)
+    index = first + torch.arange(length)
+    ids, labels, positions = (part.gather(1, index) for part in (batch.input_ids, batch.labels, batch.position_ids))
+    cut = (positions == 0).cumsum(1) == 0  # of the document that the window begins inside
+    return Batch(ids, labels, torch.where(cut, torch.arange(length), positions))

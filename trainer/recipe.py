@@ -29,6 +29,9 @@ from cuboid.trainer.recipe_fields import (
 )
 from cuboid.trainer.recipe_lora import LoraSettings
 
+MIXTURE = 1024
+"""Sequences among which each entry of a mixture has exactly its share; weights are rounded to so many parts."""
+
 
 class ModelSettings(Settings):
     """What is trained: a pretrained model that goes on, or a config from scratch; exactly one of the two."""
@@ -66,13 +69,33 @@ class PrecisionSettings(Settings):
     """Type in which gradients are summed over data ranks."""
 
 
+class ColumnSettings(Settings):
+    """Columns of chat and instruct data, by the names that they have in the files."""
+
+    messages: Text = "messages"
+    """chat: a list of messages, each with role and content."""
+    tools: Text = "tools"
+    """chat: what the assistant may call, as JSON schemas; may be absent."""
+    prompt: Text = "prompt"
+    """instruct: the question."""
+    response: Text = "response"
+    """instruct: the answer, which is predicted."""
+    input: Text | None = None
+    """instruct: more that belongs to the question; null: no such column."""
+    system: Text | None = None
+    """instruct: what stands before the question; null: no such column."""
+
+
 class DataSettings(Settings):
     """What is read."""
 
-    kind: Annotated[Literal["text", "chat", "instruct", "tokens"], Offered(("text",))]
-    """text: running text, every token is predicted."""
+    kind: Annotated[Literal["text", "chat", "instruct", "tokens"], Offered(("text", "chat", "instruct"))]
+    """text: running text, every token is predicted; chat: conversations, of which the assistant's turns are predicted;
+    instruct: pairs of prompt and response, of which the response is predicted."""
     path: Text | Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
     """A local file, folder or glob, a hub id of datasets, package:stdlib (the built-in corpus), or a list of these."""
+    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] | None = None
+    """Share of the sequences that each entry of path gives, as weights; null: the entries are read as one."""
     split: Text = "train"
     """Split of a hub data set."""
     subset: Text | None = None
@@ -82,13 +105,21 @@ class DataSettings(Settings):
     eval_split: Text = "validation"
     """Split of a hub data set for evaluation."""
     text_column: Text = "text"
-    """Column that holds the text, in a .jsonl, .csv or .parquet file or a hub data set."""
+    """text: the column that holds it, in a .jsonl, .csv or .parquet file or a hub data set."""
+    columns: ColumnSettings = ColumnSettings()
+    """Columns of the other kinds."""
+    chat_template: Text = "auto"
+    """auto: the tokenizer's own; chatml: plain words for a tokenizer without; or a file with a Jinja template."""
+    truncation: Literal["end", "start", "drop"] = "end"
+    """What is cut off a chat or instruct example that is longer than a sequence; drop: the whole example."""
+    broken: Literal["stop", "skip"] = "stop"
+    """What a broken line, row or file does: stop before training, or be left out, counted and told."""
     tokenizer: Text = "auto"
     """auto: the model's own, or bytes where the model comes from a config; bytes; or a local folder or hub id."""
     sequence_length: Annotated[int, Field(ge=2)]
     """Tokens in one sequence, all of them predicted but those at a document's end."""
     packing: bool = True
-    """true: documents one after another fill every sequence; false: a document a sequence, cut or filled up."""
+    """true: documents one after another fill every sequence (examples stay whole); false: one a sequence, filled up."""
     cross_documents: bool = False
     """false: attention and positions start anew at each document; true: a sequence is one running text."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from cuboid.parallel.errors import FieldError
 
 BYTES = "bytes"
 _END_OF_DOCUMENT = 256
+_END_NAME = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -30,8 +32,19 @@ class Tokenizer(Protocol):
     pad: int
     """Id that fills a sequence; never predicted."""
 
+    chat_template: str | None
+    """Its own, in Jinja."""
+    special_tokens: Mapping[str, str]
+    """Texts that a template names: bos_token, eos_token, ..."""
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, without `begin` and `end`."""
+
+    def encode_placed(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, the character of the text that each id begins with) of each text; [n] each."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, for people: special tokens by their names."""
 
 
 class ByteTokenizer:
@@ -42,9 +55,20 @@ class ByteTokenizer:
     begin: int | None = None
     end: int | None = _END_OF_DOCUMENT
     pad = _END_OF_DOCUMENT
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8) for text in texts]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        rows = self.encode(texts)
+        # every byte but a character's first is 10xxxxxx
+        return [(row, np.cumsum((row & 0xC0) != 0x80) - 1) for row in rows]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        parts = b"".join(bytes([byte]) if byte < _END_OF_DOCUMENT else _END_NAME.encode() for byte in ids)
+        return parts.decode("utf-8", "replace")
 
 
 class PretrainedTokenizer:
@@ -71,6 +95,10 @@ class PretrainedTokenizer:
         self.begin: int | None = begin if begin is not None and plain[:1] == [begin] else None
         pads = (self._tokenizer.pad_token_id, self.end, 0)
         self.pad = int(next(pad for pad in pads if pad is not None))
+        template = self._tokenizer.chat_template
+        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        self.special_tokens: Mapping[str, str] = self._tokenizer.special_tokens_map
+        self._name, self._field = name, field
         self.identity = self._identity()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -84,6 +112,21 @@ class PretrainedTokenizer:
             verbose=False,
         )["input_ids"]
         return [np.asarray(row, dtype=np.uint32) for row in rows]
+
+    def encode_placed(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if not self._tokenizer.is_fast:
+            constraint = "has no fast form, which alone tells where in a text each token begins"
+            raise FieldError(
+                self._field, self._name, constraint, "use a model with a tokenizer.json, or data.kind=text"
+            )
+        found = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [
+            (np.asarray(ids, dtype=np.uint32), np.array([first for first, _ in offsets], np.int64))
+            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def _identity(self) -> str:
         if self._tokenizer.is_fast:
@@ -139,11 +182,10 @@ def _byte_tokenizer() -> Any:
     core = Tokenizer(models.BPE(vocab={sign: byte for byte, sign in enumerate(_byte_signs())}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    core.add_special_tokens([AddedToken(end, special=True, normalized=False)])
-    assert core.token_to_id(end) == _END_OF_DOCUMENT
+    core.add_special_tokens([AddedToken(_END_NAME, special=True, normalized=False)])
+    assert core.token_to_id(_END_NAME) == _END_OF_DOCUMENT
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+        tokenizer_object=core, eos_token=_END_NAME, pad_token=_END_NAME, clean_up_tokenization_spaces=False
     )
 
 

@@ -1,32 +1,28 @@
 """Tokenised once, memory-mapped by everybody: the cache of token files. Imports no torch.
 
 An entry is a folder `<cache>/tokens/<key>/` with `tokens.bin` (uint16 or uint32, all documents one after another),
-`starts.bin` (int64, where each document starts, and the end of the last) and `facts.json`, written last. It gets its
-name by one rename when everything is on disk, so that an entry is whole or not there. Processes that share the file
-system agree through a file lock; the kernel frees the lock of a killed one.
+`starts.bin` (int64, where each document starts, and the end of the last), for examples `predicted.bin` (a byte a token)
+and `facts.json`: see `cache`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
-import socket
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cuboid.parallel.errors import FieldError, UserError
-from cuboid.trainer.corpus import Corpus
+from cuboid.trainer.cache import Facts, cached, flush, mapped, say
+from cuboid.trainer.corpus import Corpus, Document, Example
 from cuboid.trainer.tokenizer import Tokenizer
 
 _FORMAT = 1
@@ -34,9 +30,28 @@ _BATCH_CHARACTERS = 1 << 21
 _PIECE_CHARACTERS = 1 << 18
 _GAP = re.compile(r"[^\W\d] [^\W\d]")
 _GAP_CHARACTERS = 2000
-_LOCK_POLL_SECONDS = 0.1
-_WAIT_TOLD_SECONDS = 10.0
 _PROGRESS_SECONDS = 5.0
+_ERRORS_TOLD = 3
+
+
+@dataclass
+class Skipped:
+    """Documents of a corpus that are not in the token files."""
+
+    broken: int = 0
+    """Lines, rows or files that are not what was expected."""
+    first: list[str] = field(default_factory=list)
+    """What is wrong with the first few of them, and where they are."""
+    unpredicted: int = 0
+    """Examples that leave nothing to predict."""
+
+    def words(self) -> str:
+        """In a line; empty where nothing was skipped."""
+        parts = [f"without a token to predict: {self.unpredicted}"] if self.unpredicted else []
+        if self.broken:
+            more = "; ..." if self.broken > len(self.first) else ""
+            parts.append(f"broken and skipped: {self.broken} ({'; '.join(self.first)}{more})")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,10 @@ class Tokens:
     starts: np.ndarray
     """int64, [num_documents + 1]; the last one is num_tokens."""
     sha256: str
-    """Over both arrays."""
+    """Over all arrays."""
+    predicted: np.ndarray | None = None
+    """bool, [num_tokens]; None where each token is predicted."""
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def cache_folder() -> Path:
@@ -66,80 +84,50 @@ def prepare_tokens(corpus: Corpus, *, tokenizer: Tokenizer, cache: Path) -> Toke
     """
     identity = json.dumps([_FORMAT, corpus.key, tokenizer.identity], sort_keys=True)
     entry = Path(cache) / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if tokens := _open(entry):
-        return tokens
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(entry.with_suffix(".lock")):
-            tokens = _open(entry)
-            if tokens is None:
-                _build(entry, corpus, tokenizer)
-                tokens = _open(entry)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(
-            f"the cache of token files {entry.parent} cannot be written ({reason}); set CUBOID_CACHE"
-        ) from error
-    assert tokens is not None, f"{entry} was written and cannot be read"
-    return tokens
+    facts = cached(entry, lambda folder: _write(folder, corpus, tokenizer))
+    return Tokens(
+        mapped(entry / "tokens.bin", facts["dtype"]),
+        mapped(entry / "starts.bin", np.int64),
+        facts["sha256"],
+        mapped(entry / "predicted.bin", np.bool_) if corpus.examples else None,
+        Skipped(**facts.get("skipped", {})),
+    )
 
 
-def _open(entry: Path) -> Tokens | None:
-    """The entry, or None where there is none that is whole."""
-    try:
-        facts = json.loads((entry / "facts.json").read_bytes())
-        sizes = {name: (entry / name).stat().st_size for name in facts["bytes"]}
-        if facts["format"] != _FORMAT or sizes != facts["bytes"]:
-            return None
-        # As plain arrays: each access through the memmap class would make a new object of it.
-        ids = np.memmap(entry / "tokens.bin", dtype=facts["dtype"], mode="r").view(np.ndarray)
-        starts = np.memmap(entry / "starts.bin", dtype=np.int64, mode="r").view(np.ndarray)
-        return Tokens(ids, starts, facts["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
-    # We hold the lock: what lies here under a passing name was left by a process that was killed.
-    for left in entry.parent.glob(f".{entry.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
-    passing = entry.parent / f".{entry.name}.{socket.gethostname()}.{os.getpid()}"
-    passing.mkdir()
-    try:
-        facts = _write(passing, corpus, tokenizer)
-        with open(passing / "facts.json", "w") as file:
-            json.dump(facts, file, indent=1)
-            _flush(file)
-        shutil.rmtree(entry, ignore_errors=True)
-        os.rename(passing, entry)
-    finally:
-        shutil.rmtree(passing, ignore_errors=True)
-
-
-def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes both arrays and returns the facts that describe them."""
+def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> Facts:
+    """Writes the arrays and returns the facts that describe them."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    sha_ids, sha_starts = hashlib.sha256(), hashlib.sha256()
+    names = ["tokens.bin", "starts.bin", *(["predicted.bin"] if corpus.examples else [])]
+    shas = [hashlib.sha256() for _ in names]
+    encode = _encode_examples if corpus.examples else _encode
     total = documents = 0
-    progress = _Progress(corpus)
-    with open(folder / "tokens.bin", "wb") as ids_file, open(folder / "starts.bin", "wb") as starts_file:
-        for batch in _batches(corpus):
-            rows, starts = _encode(batch, tokenizer, total)
-            # copied once, into the type of the file
-            ids = np.concatenate(rows, dtype=dtype, casting="unsafe")
-            total += len(ids)
-            documents += len(starts)
-            for array, file, sha in ((ids, ids_file, sha_ids), (np.array(starts, np.int64), starts_file, sha_starts)):
-                file.write(array.data)
-                sha.update(array.data)
+    skipped, progress = Skipped(), _Progress(corpus)
+    with ExitStack() as opened:
+        files = [opened.enter_context(open(folder / name, "wb")) for name in names]
+        for batch in _batches(corpus, skipped):
+            found = encode(batch, tokenizer)
+            skipped.unpredicted += found.unpredicted
+            if found.rows:
+                # copied once, into the type of the file
+                ids = np.concatenate(found.rows, dtype=dtype, casting="unsafe")
+                starts = np.array(found.starts, np.int64) + total
+                arrays = [ids, starts, *([np.concatenate(found.predicted)] if corpus.examples else [])]
+                for array, file, sha in zip(arrays, files, shas, strict=True):
+                    file.write(array.data)
+                    sha.update(array.data)
+                total += len(ids)
+                documents += len(starts)
             progress.show(sum(len(piece.text) for piece in batch), total)
         end = np.array([total], np.int64).tobytes()
-        starts_file.write(end)
-        sha_starts.update(end)
-        _flush(ids_file)
-        _flush(starts_file)
+        files[1].write(end)
+        shas[1].update(end)
+        for file in files:
+            flush(file)
+    if told := skipped.words():
+        say(f"{corpus.name}: {documents} documents; {told}")
     if documents == 0:
-        raise FieldError("data.path", corpus.name, "has no usable document: all are empty", "give some text")
+        constraint = f"has no usable document: {told or 'all are empty'}"
+        raise FieldError("data.path", corpus.name, constraint, "give some text")
     return {
         "format": _FORMAT,
         "corpus": corpus.name,
@@ -147,8 +135,9 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]
         "documents": documents,
         "tokens": total,
         "dtype": dtype.name,
-        "bytes": {"tokens.bin": total * dtype.itemsize, "starts.bin": (documents + 1) * 8},
-        "sha256": hashlib.sha256(sha_ids.digest() + sha_starts.digest()).hexdigest(),
+        "bytes": {name: (folder / name).stat().st_size for name in names},
+        "skipped": asdict(skipped),
+        "sha256": hashlib.sha256(b"".join(sha.digest() for sha in shas)).hexdigest(),
     }
 
 
@@ -158,13 +147,28 @@ class _Piece(NamedTuple):
     text: str
     first: bool
     last: bool
+    example: Example | None = None
 
 
-def _batches(corpus: Corpus) -> Iterator[list[_Piece]]:
-    """Documents with text, in order, in pieces, about `_BATCH_CHARACTERS` at a time."""
+class _Encoded(NamedTuple):
+    """A batch as ids, one row after another; where its documents start; of examples, which ids are predicted."""
+
+    rows: list[np.ndarray]
+    starts: list[int]
+    predicted: list[np.ndarray]
+    unpredicted: int = 0
+    """Examples that were left out."""
+
+
+def _batches(corpus: Corpus, skipped: Skipped) -> Iterator[list[_Piece]]:
+    """Documents with text, in order, in pieces, about `_BATCH_CHARACTERS` at a time; counts those that are broken."""
     batch: list[_Piece] = []
     size = 0
     for document in corpus.read():
+        if isinstance(document, UserError):
+            skipped.broken += 1
+            skipped.first += [str(document)] if skipped.broken <= _ERRORS_TOLD else []
+            continue
         for piece in _pieces(document):
             batch.append(piece)
             size += len(piece.text)
@@ -175,12 +179,12 @@ def _batches(corpus: Corpus) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _encode(batch: list[_Piece], tokenizer: Tokenizer, offset: int) -> tuple[list[np.ndarray], list[int]]:
-    """(ids in rows, where documents start) after `offset` ids; each document between the tokenizer's begin and end."""
+def _encode(batch: Sequence[_Piece], tokenizer: Tokenizer) -> _Encoded:
+    """Each document between the tokenizer's begin and end."""
     begin = [np.array([tokenizer.begin])] if tokenizer.begin is not None else []
     end = [np.array([tokenizer.end])] if tokenizer.end is not None else []
     rows: list[np.ndarray] = []
-    starts = []
+    starts, offset = [], 0
     # One call for all: tokenizers of transformers spread a batch over the cores.
     for piece, ids in zip(batch, tokenizer.encode([piece.text for piece in batch]), strict=True):
         if piece.first:
@@ -188,14 +192,35 @@ def _encode(batch: list[_Piece], tokenizer: Tokenizer, offset: int) -> tuple[lis
         parts = [*(begin if piece.first else ()), ids, *(end if piece.last else ())]
         rows += parts
         offset += sum(map(len, parts))
-    return rows, starts
+    return _Encoded(rows, starts, [])
 
 
-def _pieces(document: str) -> Iterator[_Piece]:
-    """A long document in pieces, so that a file of gigabytes is not tokenised as one string; none of an empty one.
+def _encode_examples(batch: Sequence[_Piece], tokenizer: Tokenizer) -> _Encoded:
+    """Each example as its template has written it. A token is predicted where the character it begins with is."""
+    rows: list[np.ndarray] = []
+    masks = []
+    for piece, (ids, places) in zip(batch, tokenizer.encode_placed([piece.text for piece in batch]), strict=True):
+        assert piece.example is not None
+        borders = np.array(piece.example.predicted, np.int64).reshape(-1)
+        mask = np.searchsorted(borders, places, side="right") % 2 == 1
+        if piece.example.ends and tokenizer.end is not None:
+            ids, mask = np.append(ids, tokenizer.end), np.append(mask, True)
+        if mask[1:].any():  # the first token follows none that could predict it
+            rows.append(ids)
+            masks.append(mask)
+    starts = np.cumsum([0, *map(len, rows)])[:-1]
+    return _Encoded(rows, starts.tolist(), masks, len(batch) - len(rows))
+
+
+def _pieces(document: Document) -> Iterator[_Piece]:
+    """A long text in pieces, so that a file of gigabytes is not tokenised as one string; none of an empty one.
 
     Cut before a space between two words, where a tokenizer divides the text anyway; else after a line, else anywhere.
     """
+    if isinstance(document, Example):
+        if document.text:
+            yield _Piece(document.text, True, True, document)
+        return
     start = 0
     while len(document) - start > _PIECE_CHARACTERS:
         limit = start + _PIECE_CHARACTERS
@@ -207,36 +232,6 @@ def _pieces(document: str) -> Iterator[_Piece]:
         start = stop
     if document:
         yield _Piece(document[start:], start == 0, True)
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds the file lock; says whom it waits for. Where there are no locks it goes on: the rename is atomic anyhow."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        started, told = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told and time.monotonic() - started > _WAIT_TOLD_SECONDS:
-                    told = True
-                    holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
-                    _say(f"waiting for {holder or 'another process'}, which prepares the data ({path})")
-                time.sleep(_LOCK_POLL_SECONDS)
-            except OSError:
-                break
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Progress:
@@ -256,9 +251,4 @@ class _Progress:
         share = f" of {self._of / 1e6:.0f} MB" if self._of else " million characters"
         rate = num_tokens / (now - self._started)
         so_far = f"{self._read / 1e6:.0f}{share}, {num_tokens / 1e6:.1f} M tokens, {rate:,.0f} tokens/s"
-        _say(f"tokenising {self._name}: {so_far}")
-
-
-def _say(words: str) -> None:
-    sys.stderr.write(f"cuboid: {words}\n")
-    sys.stderr.flush()
+        say(f"tokenising {self._name}: {so_far}")
