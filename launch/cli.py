@@ -13,7 +13,16 @@ from typing import Annotated
 
 import typer
 
-_EXTRAS = {"datasets": "data", "matplotlib": "track", "ray": "ray", "torch": "train", "transformers": "train"}
+from cuboid.launch.export_options import ExportOptions, takes
+
+_EXTRAS = {
+    "datasets": "data",
+    "matplotlib": "track",
+    "ray": "ray",
+    "torch": "train",
+    "torchao": "quantize",
+    "transformers": "train",
+}
 """What `pip install 'cuboid[...]'` brings a package that is missing."""
 
 app = typer.Typer(
@@ -41,12 +50,6 @@ class Shrink(StrEnum):
 
     auto = "auto"
     none = "none"
-
-
-class Format(StrEnum):
-    """What an export makes."""
-
-    hf = "hf"
 
 
 def main() -> None:
@@ -163,29 +166,13 @@ def verify(
 
 
 @app.command()
-def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or one checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    to: Annotated[
-        Format, typer.Option(help="hf: a folder that AutoModelForCausalLM.from_pretrained loads.")
-    ] = Format.hf,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
-) -> None:
-    """Write a checkpoint's model for transformers, and prove that it gives equal logits there."""
+@takes(ExportOptions)
+def export(options: ExportOptions) -> None:
+    """Write a finished model for transformers, as it is or made smaller, and prove that it gives equal logits there."""
     with told():
-        from cuboid.trainer.export import export_hf
+        from cuboid.launch.exports import export
 
-        done = export_hf(source, out, overwrite=overwrite)
-        for fault in done.refused:
-            typer.echo(f"refused: {fault}", err=True)
-        typer.echo(
-            f"{out}: made of {done.checkpoint}; loaded again, its logits differ by {done.difference:.1e} at most"
-        )
-        if done.left_out:
-            typer.echo(
-                f"left out: {len(done.left_out)} biases of routers (moe.bias_update), for which the format has no "
-                "place: tokens may choose other experts than in training"
-            )
+        export(options)
 
 
 @checkpoint_app.command("list")

@@ -41,15 +41,18 @@ DOORS = {
     "torch.distributed.init_process_group": {"parallel/mesh.py"},
     "torch.distributed.pipelining": {"parallel/pipeline.py"},
     "trackio": {"trainer/track.py"},
+    "torchao": {"trainer/quantize.py"},
     "transformers": {
         "trainer/families.py",
         "trainer/model.py",
         "trainer/model_config.py",
         "trainer/tokenizer.py",
         "trainer/export.py",
+        "trainer/model_folder.py",
+        "trainer/quantize.py",
         "recipes/prepare_smollm2.py",
     },
-    "typer": {"launch/cli.py"},
+    "typer": {"launch/cli.py", "launch/export_options.py"},
     "wandb": {"trainer/track.py"},
     "yaml": {"trainer/recipe_yaml.py"},
     # Nothing unpickles, and nothing outside decides what is imported.
@@ -62,7 +65,7 @@ DOORS = {
 }
 """The only files that may name a library or a call; everything else goes through them."""
 
-HEAVY = {"torch", "transformers", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
+HEAVY = {"torch", "torchao", "transformers", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
 
 
 def sources(*folders: str) -> list[Path]:

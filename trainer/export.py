@@ -17,11 +17,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.parallel.errors import RunFailed
 from cuboid.trainer import inspection
 from cuboid.trainer.hf_layout import Tile, tiles
 from cuboid.trainer.manifest import MANIFEST, CheckpointError, read_manifest, steps
-from cuboid.trainer.publish import discard, sync_folder
+from cuboid.trainer.out_folder import disk_errors_of, new_folder
 from cuboid.trainer.restore import faults_of, read_facts, read_tensors
 from cuboid.trainer.shards import DTYPES, encode_header
 from cuboid.trainer.tensor_table import ITEM_BYTES, TensorRecord, read_table
@@ -57,21 +57,13 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
         RunFailed: the folder does not give the checkpoint's logits.
     """
     checkpoint, refused = _valid_checkpoint(Path(source))
-    out = _free_place(Path(out), checkpoint, overwrite=overwrite)
-    weights, facts = _open(checkpoint)
-    config = _config(facts, weights)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with _told(out):
-            discard(partial)  # of an export that was killed
-            partial.mkdir(parents=True)
-            _write_words(partial, config, facts["recipe"])
-            _write_weights(partial, weights, family=config.model_type, shard_bytes=shard_bytes)
-        difference = _difference(partial, weights, config)
-        with _told(out):
-            _put_in_place(partial, out)
-    finally:
-        discard(partial)
+    with new_folder(Path(out), source=checkpoint, overwrite=overwrite) as folder:
+        weights, facts = _open(checkpoint)
+        config = _config(facts, weights)
+        with disk_errors_of(out):
+            _write_words(folder, config, facts["recipe"])
+            _write_weights(folder, weights, family=config.model_type, shard_bytes=shard_bytes)
+        difference = _difference(folder, weights, config)
     return Exported(checkpoint, tuple(refused), difference, weights.left_out)
 
 
@@ -101,14 +93,6 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
     return Weights(path, records, tuple(name for name in table if name.startswith(_BALANCE))), facts
 
 
-@contextmanager
-def _told(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-
-
 def _valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
     """A run's newest checkpoint whose every byte is right, or the given one; and the faults of newer ones."""
     refused: list[str] = []
@@ -122,20 +106,6 @@ def _valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
     if faults := inspection.verify(path):
         raise CheckpointError("\n".join(faults))
     return path, []
-
-
-def _free_place(out: Path, checkpoint: Path, *, overwrite: bool) -> Path:
-    out = out.absolute()
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} exists and is not a folder; give another --out")
-    if checkpoint.absolute().is_relative_to(out) or out.is_relative_to(checkpoint.absolute()):
-        raise UserError(f"{out} and the checkpoint {checkpoint} lie inside one another; give another --out")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError(f"{out} is not empty; give another --out, or --overwrite to replace it")
-        if not (out / "config.json").is_file():
-            raise UserError(f"{out} is not empty and not a model's folder (no config.json); remove it yourself")
-    return out
 
 
 def _config(facts: Mapping[str, Any], weights: Weights) -> transformers.PretrainedConfig:
@@ -240,7 +210,7 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
     weights.fill(parameters)
     expected = direct(ids).logits
     del direct, parameters
-    with _no_progress_bar():
+    with without_progress_bar():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True)
     difference = (loaded.eval()(ids).logits - expected).abs().max().item()
     if not difference <= TOLERANCE:
@@ -250,7 +220,8 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
+    """Weights are loaded in a second or two; transformers' bar would outlive the command's own words."""
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -264,14 +235,3 @@ def _no_progress_bar() -> Iterator[None]:
 def _faults(parameters: Mapping[str, Tensor], weights: Weights) -> list[str]:
     extra = [f"{name} is too much" for name in sorted(weights.records.keys() - parameters.keys())]
     return extra + faults_of(parameters, weights.records)
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    sync_folder(partial)
-    replaced = out.with_name(f".{out.name}.replaced")
-    discard(replaced)
-    if out.exists():
-        os.rename(out, replaced)
-    os.rename(partial, out)
-    sync_folder(out.parent)
-    discard(replaced)
