@@ -36,6 +36,9 @@ class ExportOptions:
             help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4: the same, its weights rounded."
         ),
     ] = Format.hf
+    best: Annotated[
+        bool, typer.Option("--best", help="The run's checkpoint with the lowest held-out loss (checkpoint.best).")
+    ] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False
     eval_path: Annotated[
         str | None,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from cuboid.launch.export_options import ExportOptions, Format
 from cuboid.launch.reports import megabytes
 from cuboid.parallel.errors import FieldError
+from cuboid.trainer import inspection
 from cuboid.trainer.compress import Compressed, Method, compress
 from cuboid.trainer.export import Exported, export_hf
 
@@ -31,6 +33,8 @@ def export(options: ExportOptions) -> None:
             constraint = f"says nothing of --to {options.to}"
             remedy = f"leave it out, or use --to {' or '.join(formats)}"
             raise FieldError(f"--{name.replace('_', '-')}", value, constraint, remedy)
+    if options.best:
+        options = replace(options, source=inspection.best(options.source), best=False)
     if options.to is Format.hf:
         _say_exported(options, export_hf(options.source, options.out, overwrite=options.overwrite))
         return

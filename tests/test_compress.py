@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cuboid.launch import cli
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.compress import compress
-from cuboid.trainer.held_out import HeldOut, measure, passage_at, perplexity
+from cuboid.trainer.held_out import HeldOut, measure, passage_at
 from cuboid.trainer.model_folder import load_model
 from cuboid.trainer.quantize import Quantization
 
@@ -194,4 +194,4 @@ def test_documents_are_kept_apart_where_a_loss_is_measured(tmp_path: Path) -> No
     assert found.tokens == sum(map(len, texts))
     assert found.loss == pytest.approx(sum(alone) / 2, rel=1e-6)
     assert str(HeldOut(2.0, 5)) == "2.0000 (perplexity 7.39)"
-    assert perplexity(1e4) == math.inf
+    assert HeldOut(1e4, 5).perplexity == math.inf

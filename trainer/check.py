@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
@@ -107,6 +108,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *_batch_errors(recipe),
         *_schedule_errors(recipe),
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
+        *best_errors(recipe),
         *_length_errors(recipe),
         *_folder_errors(recipe),
         *_launch_errors(recipe),

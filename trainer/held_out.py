@@ -5,7 +5,6 @@ Shapes: B rows of samples at a time, T tokens of a sample, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cuboid.parallel.errors import FieldError
-from cuboid.parallel.loss import IGNORE
+from cuboid.parallel.loss import IGNORE, perplexity
 from cuboid.trainer.data import Dataset, prepare
 from cuboid.trainer.model import Blueprint, find_parts, whole_masks
 from cuboid.trainer.model_folder import Config, Model
@@ -41,14 +40,6 @@ class HeldOut:
 
     def __str__(self) -> str:
         return f"{self.loss:.4f} (perplexity {self.perplexity:,.2f})"
-
-
-def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats a token; infinite where no float holds it."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
