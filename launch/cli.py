@@ -175,6 +175,23 @@ def export(options: ExportOptions) -> None:
         export(options)
 
 
+@app.command()
+def generate(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported folder, a run, or a checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="A message where the tokenizer has a chat template, else text.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Text that goes on, also where there is a chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn, with a temperature.")] = 0,
+) -> None:
+    """Let a finished model answer a prompt: a smoke check."""
+    with told():
+        from cuboid.trainer.generate import Decoding, generate
+
+        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        generate(source, prompt, decoding, raw=raw)
+
+
 @checkpoint_app.command("list")
 def list_checkpoints(path: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """List the checkpoints of a run, newest first."""

@@ -48,6 +48,7 @@ DOORS = {
         "trainer/model_config.py",
         "trainer/tokenizer.py",
         "trainer/export.py",
+        "trainer/generate.py",
         "trainer/model_folder.py",
         "trainer/quantize.py",
         "recipes/prepare_smollm2.py",
