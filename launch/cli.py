@@ -176,6 +176,22 @@ def export(options: ExportOptions) -> None:
 
 
 @app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported folder, a run, or a checkpoint.")],
+    data: Annotated[
+        str | None, typer.Option(help="Held-out text, given like data.path; default: the run's data.eval_path.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many sequences of --data; default: 32.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in each; default: 512.")] = None,
+) -> None:
+    """Measure a finished model's loss and perplexity on held-out text."""
+    with told():
+        from cuboid.launch.evaluate import evaluate
+
+        evaluate(source, data=data, samples=samples, length=length)
+
+
+@app.command()
 def generate(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported folder, a run, or a checkpoint.")],
     prompt: Annotated[str, typer.Option(help="A message where the tokenizer has a chat template, else text.")],

@@ -93,6 +93,34 @@ def test_a_run_is_rounded_and_its_loss_told(
             assert torch.equal(weight, expected), name
 
 
+def test_a_finished_model_is_evaluated(trained: tuple[Path, float], tmp_path: Path) -> None:
+    """As its run does, or on other text in samples of another length; and nothing is left behind."""
+    folder, evaluated = trained
+    before = sorted(folder.rglob("*"))
+    code, told, _ = cuboid("evaluate", str(folder))
+    assert code == 0
+    assert float(told.split()[2]) == pytest.approx(evaluated, abs=6e-5)
+    assert cuboid("export", str(folder), "--out", str(tmp_path / "whole"))[0] == 0
+    text = tmp_path / "other.txt"
+    text.write_text("Still round the corner there may wait a new road or a secret gate.")
+    code, told, _ = cuboid("evaluate", str(tmp_path / "whole"), "--data", str(text), "--length", "16")
+    by_hand = loss_by_hand(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), text, 16)
+    assert told == f"held-out loss  {by_hand:.4f} (perplexity {math.exp(by_hand):,.2f}), 66 tokens of {text}\n"
+    code, told, _ = cuboid(
+        "evaluate", str(folder / "checkpoints"), "--data", str(text), "--length", "16", "--samples", "2"
+    )
+    assert "32 tokens of" in told
+    assert sorted(folder.rglob("*")) == before
+    for arguments, words in (
+        ((), "there is no text to measure on; give --data, a text"),
+        (("--data", "nowhere.txt"), "--data=nowhere.txt does not exist"),
+        (("--data", str(text), "--length", "9999999"), "--length=9999999 is longer than the model's max_position"),
+    ):
+        code, _, err = cuboid("evaluate", str(tmp_path / "whole"), *arguments)
+        assert code == 2
+        assert words in err
+
+
 def check_rounded(found: torch.Tensor, weight: torch.Tensor, *, levels: int, group: int | None) -> None:
     """At most so many evenly spaced values in each row or group, each weight moved to one within a step."""
     found, weight = (matrix.detach().view(-1, group or weight.shape[1]) for matrix in (found, weight))
