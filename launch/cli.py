@@ -13,12 +13,15 @@ from typing import Annotated
 
 import typer
 
+from cuboid.launch.export_options import ExportOptions, takes
+
 _EXTRAS = {
     "datasets": "data",
     "matplotlib": "track",
     "peft": "lora",
     "ray": "ray",
     "torch": "train",
+    "torchao": "quantize",
     "transformers": "train",
 }
 """What `pip install 'cuboid[...]'` brings a package that is missing."""
@@ -48,14 +51,6 @@ class Shrink(StrEnum):
 
     auto = "auto"
     none = "none"
-
-
-class Format(StrEnum):
-    """What an export makes."""
-
-    hf = "hf"
-    adapter = "adapter"
-    merged = "merged"
 
 
 def main() -> None:
@@ -185,38 +180,46 @@ def data(
 
 
 @app.command()
-def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or one checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    to: Annotated[
-        Format,
-        typer.Option(
-            help="hf: a folder that AutoModelForCausalLM.from_pretrained loads; of a run with lora adapter: one that "
-            "PeftModel.from_pretrained loads, and merged: the whole model with it, as hf."
-        ),
-    ] = Format.hf,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
-) -> None:
-    """Write a checkpoint's model for transformers, and prove that it gives equal logits there."""
+@takes(ExportOptions)
+def export(options: ExportOptions) -> None:
+    """Write a finished model for transformers, as it is or made smaller, and prove that it gives equal logits there."""
     with told():
-        if to is Format.hf:
-            from cuboid.trainer.export import export_hf
+        from cuboid.launch.exports import export
 
-            done = export_hf(source, out, overwrite=overwrite)
-        else:
-            from cuboid.trainer.export_adapter import export_adapter
+        export(options)
 
-            done = export_adapter(source, out, merge=to is Format.merged, overwrite=overwrite)
-        for fault in done.refused:
-            typer.echo(f"refused: {fault}", err=True)
-        typer.echo(
-            f"{out}: made of {done.checkpoint}; loaded again, its logits differ by {done.difference:.1e} at most"
-        )
-        if done.left_out:
-            typer.echo(
-                f"left out: {len(done.left_out)} biases of routers (moe.bias_update), for which the format has no "
-                "place: tokens may choose other experts than in training"
-            )
+
+@app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported folder, a run, or a checkpoint.")],
+    data: Annotated[
+        str | None, typer.Option(help="Held-out text, given like data.path; default: the run's data.eval_path.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many sequences of --data; default: 32.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in each; default: 512.")] = None,
+) -> None:
+    """Measure a finished model's loss and perplexity on held-out text."""
+    with told():
+        from cuboid.launch.evaluate import evaluate
+
+        evaluate(source, data=data, samples=samples, length=length)
+
+
+@app.command()
+def generate(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported folder, a run, or a checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="A message where the tokenizer has a chat template, else text.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Text that goes on, also where there is a chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn, with a temperature.")] = 0,
+) -> None:
+    """Let a finished model answer a prompt: a smoke check."""
+    with told():
+        from cuboid.trainer.generate import Decoding, generate
+
+        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        generate(source, prompt, decoding, raw=raw)
 
 
 @checkpoint_app.command("list")

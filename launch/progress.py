@@ -172,7 +172,7 @@ def _metrics_words(record: Mapping[str, Any], eta_seconds: float | None) -> str:
     if record.get("loss") is not None:
         parts.append(f"loss {record['loss']:.4f}")
     if record.get("eval_loss") is not None:
-        parts.append(f"eval {record['eval_loss']:.4f}")
+        parts.append(f"eval {record['eval_loss']:.4f} (perplexity {record['eval_perplexity']:,.2f})")
     if record.get("tokens_per_second") is not None:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if record.get("bubble_measured") is not None:

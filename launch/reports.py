@@ -17,7 +17,7 @@ def print_listing(path: Path) -> None:
     if not rows:
         raise UserError(f"{path} holds no checkpoint; give a run's folder, as runs/quickstart")
     for row in rows:
-        state = row["fault"] or ("latest" if row["latest"] else "")
+        state = row["fault"] or ", ".join(mark for mark in ("latest", "best") if row[mark])
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
         print(f"{row['step']:>8}  {megabytes(row['bytes']):>12}  {written}  {row['path']}  {state}".rstrip())
 

@@ -6,6 +6,7 @@ mean of means can enter. Shapes: N = B x T tokens, V vocabulary, v = V / ranks.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from torch.distributed import ProcessGroup
 
 IGNORE = -100
 """The label of a token that is not predicted."""
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats a token; infinite where no float holds it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 class _VocabularyParallelCrossEntropy(torch.autograd.Function):

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import model_config
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuboid.parallel.data import replicate
 from cuboid.parallel.gradients import local
@@ -164,6 +166,26 @@ def _like(parameter: Tensor) -> Tensor:
 
 def _expected(name: str, tensor: Tensor, generation: int) -> Tensor:
     return value(f"{name}/{generation}", tuple(tensor.shape), tensor.dtype)[owned_slices(tensor)]
+
+
+def make_model(*, tied: bool = False, vocab_size: int = 264, family: str = "llama") -> Any:
+    """A small model of transformers with values of its own."""
+    torch.manual_seed(1)
+    values = model_config(family, tied) | {"vocab_size": vocab_size}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
+
+
+def save_model(model: Any, folder: Path, *steps: int, tokenizer: str = "auto", pretrained: str | None = None) -> None:
+    """Checkpoints of the model as a run leaves them in ``folder``."""
+    facts = {
+        "recipe": {"data": {"tokenizer": tokenizer}, "model": {"pretrained": pretrained}},
+        "model_config": model.config.to_dict(),
+    }
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors |= {f"optimizer.exp_avg.{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()}
+    with Checkpointer(folder / "checkpoints", keep=9, asynchronous=False) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, tensors, facts)
 
 
 def save_first_weights(recipe: Recipe, folder: Path) -> None:

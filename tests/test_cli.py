@@ -107,7 +107,7 @@ def test_schema_is_json():
         (["trane"], "No such command 'trane'"),
         (["train"], "Missing argument 'RECIPE'"),
         (["train", "mini.yaml", "--launcher", "slurm"], "'slurm' is not one of 'ray', 'local'"),
-        (["export", "runs/x", "--to", "int4", "--out", "x"], "'int4' is not"),
+        (["export", "runs/x", "--to", "int2", "--out", "x"], "'int2' is not"),
         (["train", "mine"], "no recipe is called mine; shipped recipes, by bare name: quickstart"),
         (["train", "mine.yaml"], "there is no recipe file mine.yaml"),
         (["train", "mini.yaml", "parallel.tensr=2"], "parallel.tensr is not a key; did you mean parallel.tensor?"),

@@ -7,39 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, model_config
+from cases import Case
 from harness import run_ranks
 from safetensors import safe_open
-from stores import flip, save_first_weights
+from stores import flip, make_model, save_first_weights, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cuboid.launch import cli
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import export
-from cuboid.trainer.checkpoint import Checkpointer
 from cuboid.trainer.export import export_hf
 from cuboid.trainer.tokenizer import ByteTokenizer
-
-
-def make_model(*, tied: bool = False, vocab_size: int = 264, family: str = "llama") -> Any:
-    from transformers import AutoConfig
-
-    torch.manual_seed(1)
-    values = model_config(family, tied) | {"vocab_size": vocab_size}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
-
-
-def save_model(model: Any, folder: Path, *steps: int, tokenizer: str = "auto", pretrained: str | None = None) -> None:
-    facts = {
-        "recipe": {"data": {"tokenizer": tokenizer}, "model": {"pretrained": pretrained}},
-        "model_config": model.config.to_dict(),
-    }
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    tensors |= {f"optimizer.exp_avg.{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()}
-    with Checkpointer(folder / "checkpoints", keep=9, asynchronous=False) as checkpointer:
-        for step in steps:
-            checkpointer.save(step, tensors, facts)
 
 
 def logits(model: Any) -> torch.Tensor:

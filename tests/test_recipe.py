@@ -146,7 +146,7 @@ seed: no
         "x.yaml:13: optimizer.clip_grad_norm=true is not a number or null",
         "x.yaml:13: optimizer.lr is not a key; known keys are name, learning_rate, betas, eps, weight_decay, "
         "clip_grad_norm, schedule, warmup_steps, min_ratio",
-        'x.yaml:14: checkpoint="often" is not a mapping; its keys: every, keep, asynchronous, copy_to',
+        'x.yaml:14: checkpoint="often" is not a mapping; its keys: every, keep, best, asynchronous, copy_to',
         'x.yaml:15: seed="no" is not a whole number',
         "override `a.b.c`: is not of the form section.key=value",
         "override `train.steps=[`: expected the node content, but found '<stream end>'",

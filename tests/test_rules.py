@@ -42,6 +42,7 @@ DOORS = {
     "torch.distributed.init_process_group": {"parallel/mesh.py"},
     "torch.distributed.pipelining": {"parallel/pipeline.py"},
     "trackio": {"trainer/track.py"},
+    "torchao": {"trainer/quantize.py"},
     "transformers": {
         "trainer/chat_template.py",
         "trainer/families.py",
@@ -50,9 +51,12 @@ DOORS = {
         "trainer/tokenizer.py",
         "trainer/export.py",
         "trainer/export_adapter.py",
+        "trainer/generate.py",
+        "trainer/model_folder.py",
+        "trainer/quantize.py",
         "recipes/prepare_smollm2.py",
     },
-    "typer": {"launch/cli.py"},
+    "typer": {"launch/cli.py", "launch/export_options.py"},
     "wandb": {"trainer/track.py"},
     "yaml": {"trainer/recipe_yaml.py"},
     # Nothing unpickles, and nothing outside decides what is imported.
@@ -65,7 +69,7 @@ DOORS = {
 }
 """The only files that may name a library or a call; everything else goes through them."""
 
-HEAVY = {"torch", "transformers", "peft", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
+HEAVY = {"torch", "torchao", "transformers", "peft", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
 
 
 def sources(*folders: str) -> list[Path]:

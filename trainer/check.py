@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
+from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_data import data_errors
 from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
@@ -112,6 +113,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *prune_errors(recipe),
         *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
+        *best_errors(recipe),
         *_length_errors(recipe),
         *_folder_errors(recipe),
         *_launch_errors(recipe),

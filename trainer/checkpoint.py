@@ -133,12 +133,13 @@ class Checkpointer:
         """
         self._job = _behind(self._plan, tensors)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, best: bool = False) -> None:
         """Save the state after ``step`` (completed updates). The tensors may change as soon as this returns.
 
         Args:
             tensors: global name -> plain tensor or DTensor; a name may stand on several ranks with the same values.
             facts: everything else, as JSON; rank 0's count.
+            best: mark it as the best so far, which stays beside the newest ones.
 
         Raises:
             ValueError: on every rank, where the ranks' pieces of a tensor do not fit together.
@@ -155,7 +156,7 @@ class Checkpointer:
             content = json.dumps({**facts, "step": step}, indent=1, allow_nan=False).encode()
         except Exception as error:  # whatever it is, the other ranks wait for this one's word
             failure = self._fault(error)
-        self._job = _behind(self._finish, step, content, failure, (started, _since(started)))
+        self._job = _behind(self._finish, step, content, failure, best, (started, _since(started)))
         if not self.asynchronous:
             self.wait()
 
@@ -198,12 +199,12 @@ class Checkpointer:
         self._arena = Arena(lay_out(pieces, rank=self._ranks.rank))
         self._signature = new
 
-    def _finish(self, step: int, facts: bytes, failure: Failure | None, clock: tuple[float, float]) -> None:
+    def _finish(self, step: int, facts: bytes, failure: Failure | None, best: bool, clock: tuple[float, float]) -> None:
         """Behind the training: write, agree, publish. Every rank reaches both messages, whatever happened to it."""
         partial = self.folder / f"{PARTIAL}{step:08d}-{self._start}"
         try:
             reports = self._ranks.to_first(failure or self._write(partial))
-            outcome = self._publish(partial, step, facts, reports) if reports is not None else None
+            outcome = self._publish(partial, step, facts, reports, best=best) if reports is not None else None
             outcome = self._ranks.from_first(outcome)
         except Exception as error:  # another rank is gone; the training finds that out by itself
             outcome = self._fault(error)
@@ -226,7 +227,9 @@ class Checkpointer:
         except Exception as error:
             return self._fault(error)
 
-    def _publish(self, partial: Path, step: int, facts: bytes, reports: list[Written | Failure]) -> Saved | Failure:
+    def _publish(
+        self, partial: Path, step: int, facts: bytes, reports: list[Written | Failure], *, best: bool
+    ) -> Saved | Failure:
         """On rank 0, when every rank has written or given up."""
         failures = [report for report in reports if isinstance(report, Failure)]
         written = [report for report in reports if isinstance(report, Written)]
@@ -236,7 +239,7 @@ class Checkpointer:
             files = dict(chain.from_iterable(report.files.items() for report in written))
             files[TENSORS] = write_json(partial / TENSORS, encode_table(_table(written)))
             files[FACTS] = write_json(partial / FACTS, facts)
-            path = publish(partial, self.folder, step=step, files=files)
+            path = publish(partial, self.folder, step=step, files=files, best=best)
         except Exception as error:
             discard(partial)
             return failures[0] if failures else self._fault(error)

@@ -21,7 +21,7 @@ from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
 from cuboid.trainer.hf_layout import Tile, tiles
 from cuboid.trainer.manifest import MANIFEST, CheckpointError, read_manifest, steps
-from cuboid.trainer.publish import discard, sync_folder
+from cuboid.trainer.out_folder import disk_errors_of, new_folder
 from cuboid.trainer.restore import faults_of, read_facts, read_tensors
 from cuboid.trainer.shards import DTYPES, encode_header
 from cuboid.trainer.tensor_table import ITEM_BYTES, TensorRecord, read_table
@@ -57,16 +57,15 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
         RunFailed: the folder does not give the checkpoint's logits.
     """
     checkpoint, refused = valid_checkpoint(Path(source))
-    out = free_place(Path(out), checkpoint, overwrite=overwrite)
-    weights, facts = open_weights(checkpoint)
-    if facts["recipe"].get("lora"):
-        raise UserError(f"{checkpoint} holds an adapter alone; use --to adapter, or --to merged for a whole model")
-    config = trained_config(facts, weights)
-    with new_folder(out) as partial:
-        with told(out):
-            write_words(partial, config, facts["recipe"])
-            _write_weights(partial, weights, family=config.model_type, shard_bytes=shard_bytes)
-        difference = _difference(partial, weights, config)
+    with new_folder(Path(out), source=checkpoint, overwrite=overwrite) as folder:
+        weights, facts = open_weights(checkpoint)
+        if facts["recipe"].get("lora"):
+            raise UserError(f"{checkpoint} holds an adapter alone; use --to adapter, or --to merged for a whole model")
+        config = trained_config(facts, weights)
+        with disk_errors_of(out):
+            write_words(folder, config, facts["recipe"])
+            _write_weights(folder, weights, family=config.model_type, shard_bytes=shard_bytes)
+        difference = _difference(folder, weights, config)
     return Exported(checkpoint, tuple(refused), difference, weights.left_out)
 
 
@@ -102,30 +101,6 @@ def open_weights(path: Path) -> tuple[Weights, dict[str, Any]]:
     return Weights(path, records, tuple(name for name in table if name.startswith(_BALANCE))), facts
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which appears as ``out`` when all is done, and not at all where something fails."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with told(out):
-            discard(partial)  # of an export that was killed
-            partial.mkdir(parents=True)
-        yield partial
-        with told(out):
-            _put_in_place(partial, out)
-    finally:
-        discard(partial)
-
-
-@contextmanager
-def told(out: Path) -> Iterator[None]:
-    """What the disk refuses, in words."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-
-
 def valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
     """A run's newest checkpoint whose every byte is right, or the given one; and the faults of newer ones."""
     refused: list[str] = []
@@ -139,21 +114,6 @@ def valid_checkpoint(source: Path) -> tuple[Path, list[str]]:
     if faults := inspection.verify(path):
         raise CheckpointError("\n".join(faults))
     return path, []
-
-
-def free_place(out: Path, checkpoint: Path, *, overwrite: bool) -> Path:
-    """``out`` as an absolute path that may be written; raises UserError where it may not."""
-    out = out.absolute()
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} exists and is not a folder; give another --out")
-    if checkpoint.absolute().is_relative_to(out) or out.is_relative_to(checkpoint.absolute()):
-        raise UserError(f"{out} and the checkpoint {checkpoint} lie inside one another; give another --out")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError(f"{out} is not empty; give another --out, or --overwrite to replace it")
-        if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise UserError(f"{out} is not empty and not a model's folder (no config.json); remove it yourself")
-    return out
 
 
 def trained_config(facts: Mapping[str, Any], weights: Weights) -> transformers.PretrainedConfig:
@@ -263,7 +223,7 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
     weights.fill(parameters)
     expected = direct(ids).logits
     del direct, parameters
-    with no_progress_bar():
+    with without_progress_bar():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True)
     difference = (loaded.eval()(ids).logits - expected).abs().max().item()
     if not difference <= TOLERANCE:
@@ -273,7 +233,8 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
 
 
 @contextmanager
-def no_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
+    """Weights are loaded in a second or two; transformers' bar would outlive the command's own words."""
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -282,14 +243,3 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    sync_folder(partial)
-    replaced = out.with_name(f".{out.name}.replaced")
-    discard(replaced)
-    if out.exists():
-        os.rename(out, replaced)
-    os.rename(partial, out)
-    sync_folder(out.parent)
-    discard(replaced)

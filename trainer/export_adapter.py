@@ -16,19 +16,17 @@ from cuboid.trainer.assemble import initial_weights
 from cuboid.trainer.export import (
     Exported,
     Weights,
-    free_place,
-    new_folder,
-    no_progress_bar,
     open_weights,
     probe,
-    told,
     trained_config,
     valid_checkpoint,
+    without_progress_bar,
     write_words,
 )
 from cuboid.trainer.manifest import CheckpointError
 from cuboid.trainer.model import Blueprint, draw_blueprint, local_folder, whole_model
 from cuboid.trainer.model_config import config_of
+from cuboid.trainer.out_folder import disk_errors_of, new_folder
 from cuboid.trainer.recipe import Recipe, validated
 from cuboid.trainer.recipe_lora import LoraSettings
 from cuboid.trainer.weights import fingerprint, shapes_in
@@ -49,21 +47,20 @@ def export_adapter(source: Path, out: Path, *, merge: bool = False, overwrite: b
         RunFailed: loaded again, it does not give the logits of the checkpoint's own values in peft's model.
     """
     checkpoint, refused = valid_checkpoint(Path(source))
-    out = free_place(Path(out), checkpoint, overwrite=overwrite)
     weights, facts = open_weights(checkpoint)
     recipe, settings = _recipe(checkpoint, facts, merge=merge)
     blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention)
     model = _filled(recipe, blueprint, settings, weights)
     expected = _logits(model, blueprint)
-    with new_folder(out) as partial:
+    with new_folder(Path(out), source=checkpoint, overwrite=overwrite) as partial:
         if merge:
-            with told(out), no_progress_bar():
+            with disk_errors_of(out), without_progress_bar():
                 model.merge_and_unload().save_pretrained(partial)
                 write_words(partial, trained_config(facts, weights), facts["recipe"])
             del model
             difference = (_logits(_loaded(partial), blueprint) - expected).abs().max() / expected.abs().max()
         else:
-            with told(out):
+            with disk_errors_of(out):
                 model.save_pretrained(partial)
             del model
             _check_names(partial, weights)
@@ -118,7 +115,7 @@ def _check_names(folder: Path, weights: Weights) -> None:
 
 
 def _loaded(folder: Path) -> nn.Module:
-    with no_progress_bar():
+    with without_progress_bar():
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 

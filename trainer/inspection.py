@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from cuboid.trainer.manifest import (
+    BEST,
     FACTS,
     LATEST,
     MANIFEST,
     CheckpointError,
     Manifest,
     incomplete,
+    marked,
     open_file,
     read_json,
     read_manifest,
-    step_of,
     steps,
     what_instead,
 )
@@ -38,8 +39,8 @@ def resolve(path: Path, *, whole: bool = True) -> Path:
         CheckpointError: there is none; a pickle is named as one.
     """
     path = Path(path).absolute()
-    if path.name == LATEST and step_of(name := _latest(path.parent)) is not None:
-        return path.parent / name
+    if path.name in (LATEST, BEST) and (named := marked(path.parent, path.name)):
+        return named
     for folder in (path, path / "checkpoints"):
         if (folder / MANIFEST).exists():
             return folder
@@ -75,9 +76,21 @@ def newest(folder: Path, *, refused: Callable[[Path, list[str]], None] | None = 
     return None
 
 
+def best(path: Path) -> Path:
+    """The checkpoint of a run's or checkpoints folder that had the lowest loss on held-out text.
+
+    Raises:
+        CheckpointError: none is marked.
+    """
+    for folder in (Path(path) / "checkpoints", Path(path)):
+        if named := marked(folder, BEST):
+            return named
+    raise CheckpointError(f"{path} marks no checkpoint as the best; a run with checkpoint.best=eval_loss does")
+
+
 def listing(folder: Path) -> list[dict[str, Any]]:
     """A row for each checkpoint of a run's or checkpoints folder, newest first: step, path, bytes, time (seconds since
-    1970), latest, fault. Sizes are checked, contents are not."""
+    1970), latest, best, fault. Sizes are checked, contents are not."""
     folder = Path(folder)
     if (folder / "checkpoints").is_dir():
         folder /= "checkpoints"
@@ -86,7 +99,8 @@ def listing(folder: Path) -> list[dict[str, Any]]:
         fault = incomplete(path)
         manifest = Manifest(step, 0.0, {}) if fault else read_manifest(path)
         row = {"step": step, "path": path, "bytes": manifest.bytes, "time": manifest.time}
-        rows.append({**row, "latest": path.name == _latest(folder), "fault": fault})
+        marks = {mark: path == marked(folder, mark) for mark in (LATEST, BEST)}
+        rows.append({**row, **marks, "fault": fault})
     return rows
 
 
@@ -109,14 +123,6 @@ def inspect(path: Path) -> dict[str, Any]:
         "tensors": {name: {"dtype": record.dtype, "shape": list(record.shape)} for name, record in table.items()},
         "facts": read_json(path, FACTS, manifest.files[FACTS]),
     }
-
-
-def _latest(folder: Path) -> str:
-    try:
-        with open_file(folder, LATEST) as file:
-            return file.read(64).decode("ascii", "replace").strip()
-    except CheckpointError:
-        return ""
 
 
 def _fault(path: Path, name: str, manifest: Manifest) -> str:

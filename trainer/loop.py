@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,11 +22,12 @@ from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.engine import Engine, NotFinite, StepResult
-from cuboid.trainer.manifest import steps
+from cuboid.trainer.manifest import incomplete, steps
 from cuboid.trainer.model import Blueprint, draw_blueprint, local_folder
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.prune import is_due
+from cuboid.trainer.publish import mark_best
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recorder import Recorder
 from cuboid.trainer.restore import read_facts
@@ -62,6 +64,10 @@ class Run:
     """Completed updates."""
     saved: int = 0
     """Step of the newest checkpoint that was begun."""
+    evaluated: float | None = None
+    """The loss on held-out text after ``step``, where it was evaluated."""
+    best: float = math.inf
+    """The lowest such loss of a step that was saved before ``step``."""
 
 
 def train(recipe: Recipe, folder: Path) -> str | None:
@@ -104,7 +110,7 @@ def train_step(run: Run) -> StepResult:
         samples_read = ", ".join(f"{share.start} to {share.stop - 1}" for share in shares)
         raise RunFailed(f"step {step}: {error} (samples {samples_read}); nothing was updated") from None
     run.step = step
-    run.recorder.step(
+    run.evaluated = run.recorder.step(
         step,
         result,
         learning_rate=rate,
@@ -229,22 +235,47 @@ def resume(run: Run) -> None:
     load(path, tensors)
     run.step = run.saved = facts["step"]
     run.engine.resume_at(run.step, tensors)
+    run.best = _best_so_far(run)
     run.recorder.open(step=run.step, run_id=facts["run_id"])
 
 
 def save(run: Run) -> None:
     """Begin a checkpoint of the state after ``run.step``."""
-    run.saved = run.step
+    run.saved, best = run.step, _is_best(run)
     facts = {
         "run_id": run.recorder.run_id,
         "recipe": run.recipe.model_dump(mode="json"),
         "model_config": run.model_config,
         **({"adapter": run.adapter} if run.adapter else {}),
         "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
+        "eval_loss": run.evaluated,
         "versions": run.versions,
         "layout": asdict(run.block.layout),
     }
-    run.checkpointer.save(run.step, run.engine.tensors(), facts)
+    run.checkpointer.save(run.step, run.engine.tensors(), facts, best=best)
+    if best and run.evaluated is not None:
+        run.best = run.evaluated
+
+
+def _is_best(run: Run) -> bool:
+    """Whether the recipe wants the lowest loss on held-out text to be kept, and this step has it."""
+    return run.recipe.checkpoint.best is not None and run.evaluated is not None and run.evaluated < run.best
+
+
+def _best_so_far(run: Run) -> float:
+    """The lowest loss on held-out text of the checkpoints up to ``run.step``, whose own facts tell it; rank 0 lets
+    ``best`` name the one that has it. Infinite where none has."""
+    found = [math.inf]
+    if run.block.rank == 0 and run.recipe.checkpoint.best is not None:
+        folder = run.checkpointer.folder
+        whole = [path for step, path in steps(folder).items() if step <= run.step and not incomplete(path)]
+        losses = {path: read_facts(path).get("eval_loss") for path in whole}
+        known = {path: loss for path, loss in losses.items() if loss is not None}
+        lowest = min(known, key=lambda path: (known[path], path), default=None)
+        mark_best(folder, lowest)
+        found = [known[lowest]] if lowest else found
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _adapter(recipe: Recipe, blueprint: Blueprint) -> dict[str, Any] | None:
@@ -262,7 +293,7 @@ def _adapter(recipe: Recipe, blueprint: Blueprint) -> dict[str, Any] | None:
 
 def _save_is_due(run: Run, *, last: bool) -> bool:
     every = run.recipe.checkpoint.every
-    return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps)
+    return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps or _is_best(run))
 
 
 def _evaluation_is_due(run: Run) -> bool:

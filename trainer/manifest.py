@@ -2,6 +2,7 @@
 
     checkpoints/
       latest                      one line, the name of the newest complete folder
+      best                        the same, of the one with the lowest loss on held-out text (checkpoint.best)
       step-00000020/
         shard-00003-00000.safetensors   tensors that rank 3 wrote
         tensors.json              every tensor: dtype, shape, and where its pieces lie
@@ -9,8 +10,8 @@
         manifest.json             size and SHA-256 of each file above, and of itself; written last
       .partial-00000040-1f0c...   a save under way, or what a killed one left
 
-``latest`` is a file and not a symbolic link: it survives copying, archives and shared file systems without links, and
-nothing here ever follows a link.
+``latest`` and ``best`` are files and no symbolic links: they survive copying, archives and shared file systems without
+links, and nothing here ever follows a link.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 from cuboid.parallel.errors import UserError
 
 FORMAT = 1
-MANIFEST, FACTS, TENSORS, LATEST = "manifest.json", "facts.json", "tensors.json", "latest"
+MANIFEST, FACTS, TENSORS, LATEST, BEST = "manifest.json", "facts.json", "tensors.json", "latest", "best"
 PARTIAL = ".partial-"
 REFUSED = ".refused"
 _STEP = re.compile(r"step-(\d{8,18})")
@@ -80,6 +81,16 @@ def steps(folder: Path) -> dict[int, Path]:
         return {}
     found = {step: Path(folder) / name for name in names if (step := step_of(name)) is not None}
     return dict(sorted(found.items(), reverse=True))
+
+
+def marked(folder: Path, mark: str) -> Path | None:
+    """The checkpoint that ``latest`` or ``best`` names, None where it names none; nothing is checked."""
+    try:
+        with open_file(folder, mark) as file:
+            name = file.read(64).decode("ascii", "replace").strip()
+    except CheckpointError:
+        return None
+    return Path(folder) / name if step_of(name) is not None else None
 
 
 def refused(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cuboid.trainer.manifest import (
+    BEST,
     LATEST,
     MANIFEST,
     PARTIAL,
@@ -24,6 +25,7 @@ from cuboid.trainer.manifest import (
     Manifest,
     encode_manifest,
     incomplete,
+    marked,
     step_name,
     steps,
 )
@@ -71,8 +73,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def publish(partial: Path, folder: Path, *, step: int, files: Mapping[str, FileRecord]) -> Path:
-    """Turn ``partial``, whose files are written, into ``folder/step-...``: manifest, rename, ``latest``, in this order.
+def publish(partial: Path, folder: Path, *, step: int, files: Mapping[str, FileRecord], best: bool = False) -> Path:
+    """Turn ``partial``, whose files are written, into ``folder/step-...``: manifest, rename, ``latest``, and ``best``
+    where it is that, in this order.
 
     Raises:
         OSError: the disk refused; the folder's other checkpoints and ``latest`` are as before.
@@ -83,27 +86,48 @@ def publish(partial: Path, folder: Path, *, step: int, files: Mapping[str, FileR
     write_durably(partial / MANIFEST, encode_manifest(Manifest(step, round(time.time(), 3), files)))
     sync_folder(partial)
     path = folder / step_name(step)
-    latest = folder / f"{PARTIAL}{LATEST}-{os.getpid()}"  # before the renames: they need no space, a new file does
-    latest.unlink(missing_ok=True)
-    write_durably(latest, f"{path.name}\n".encode())
+    # before the renames: they need no space, a new file does
+    marks = {mark: _new_mark(folder, mark, path) for mark in ([LATEST, BEST] if best else [LATEST])}
     given_up = folder / f"{PARTIAL}{path.name}-{os.getpid()}"
     if os.path.lexists(path):  # of a continuation that was given up, since this run was resumed from before it
         os.rename(path, given_up)
     os.rename(partial, path)
     sync_folder(folder)
-    os.replace(latest, folder / LATEST)
-    sync_folder(folder)
+    for mark, new in marks.items():
+        os.replace(new, folder / mark)
+        sync_folder(folder)
     discard(given_up)
     return path
 
 
+def mark_best(folder: Path, path: Path | None) -> None:
+    """Let ``best`` name the checkpoint at ``path``, or none: what a save did that was killed before its last rename,
+    or what one said whose steps were given up."""
+    if path == marked(folder, BEST):
+        return
+    if path is None:
+        (folder / BEST).unlink(missing_ok=True)
+    else:
+        os.replace(_new_mark(folder, BEST, path), folder / BEST)
+    sync_folder(folder)
+
+
+def _new_mark(folder: Path, mark: str, path: Path) -> Path:
+    """A file that will be ``latest`` or ``best`` by a rename."""
+    new = folder / f"{PARTIAL}{mark}-{os.getpid()}"
+    new.unlink(missing_ok=True)
+    write_durably(new, f"{path.name}\n".encode())
+    return new
+
+
 def retain(folder: Path, *, keep: int, newest: int) -> list[Path]:
-    """Remove all but the ``keep`` newest whole checkpoints up to step ``newest``, which always stays; what was removed.
+    """Remove all but the ``keep`` newest whole checkpoints up to step ``newest``, which always stays as ``best`` does;
+    what was removed.
 
     A folder that is not whole neither counts nor is removed: somebody may want to look at it.
     """
     whole = [path for step, path in steps(folder).items() if step <= newest and not incomplete(path)]
-    removed = whole[max(keep, 1) :]
+    removed = [path for path in whole[max(keep, 1) :] if path != marked(folder, BEST)]
     for path in removed:
         _remove(path)
     return removed

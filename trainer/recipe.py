@@ -258,6 +258,8 @@ class CheckpointSettings(Settings):
     """Steps between two checkpoints; 0: none; otherwise the last step is always saved."""
     keep: Count = 3
     """Newest checkpoints that stay."""
+    best: Literal["eval_loss"] | None = None
+    """eval_loss: a step whose loss on data.eval_path is the lowest so far is saved, and stays; null: none is."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
     copy_to: Annotated[Text | None, Offered((None,))] = None

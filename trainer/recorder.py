@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cuboid.parallel.loss import perplexity
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.trainer.check import virtual_stages
@@ -107,8 +108,8 @@ class Recorder:
         memory: Sequence[float],
         pipeline: Pipeline,
         evaluation: Callable[[], tuple[float, int]] | None,
-    ) -> None:
-        """Write the record of a completed step.
+    ) -> float | None:
+        """Write the record of a completed step; the loss of its evaluation, the same on every rank, where it has one.
 
         ``memory`` is `memory_by_rank` summed over ranks; ``evaluation`` gives (loss, tokens) of held-out text, and is
         called by every rank when the step has been measured.
@@ -116,13 +117,18 @@ class Recorder:
         measured = self._meter.measure(pipeline)
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        evaluated: dict[str, float] = {}
+        loss, evaluated = None, {}
         if evaluation is not None:
             loss, predicted = evaluation()
             self._last = time.monotonic()
-            evaluated = {"eval_loss": loss, "eval_tokens": predicted, "eval_seconds": self._last - now}
+            evaluated = {
+                "eval_loss": loss,
+                "eval_perplexity": perplexity(loss),
+                "eval_tokens": predicted,
+                "eval_seconds": self._last - now,
+            }
         if measured is None:
-            return
+            return loss
         tokens = self.recipe.train.global_batch * self.recipe.data.sequence_length
         record = {
             "step": step,
@@ -144,6 +150,7 @@ class Recorder:
             self.tracker.log(step, record)
         if self._timeline_is_due(step):
             self._draw(step, measured)
+        return loss
 
     def stopped(self, step: int, reason: str | None) -> None:
         """Tell that the run ended in order: done, or asked to stop."""

@@ -1,0 +1,65 @@
+"""The options of `cuboid export`, as one value. Imports no torch; typer alone, for what help says of each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+_Options = TypeVar("_Options")
+
+
+class Format(StrEnum):
+    """What an export makes."""
+
+    hf = "hf"
+    adapter = "adapter"
+    merged = "merged"
+    int8 = "int8"
+    int4 = "int4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is exported, to what, and where to. None stands for an option that was not given."""
+
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, a checkpoint, or a model's folder.")
+    ]
+    out: Annotated[Path, typer.Option(help="Folder to write.")]
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4: the same, its weights rounded; of a "
+            "run with lora adapter: what PeftModel.from_pretrained loads, and merged: the whole model with it, as hf."
+        ),
+    ] = Format.hf
+    best: Annotated[
+        bool, typer.Option("--best", help="The run's checkpoint with the lowest held-out loss (checkpoint.best).")
+    ] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False
+    eval_path: Annotated[
+        str | None,
+        typer.Option(help="Text for the held-out loss before and after; default: the recipe's data.eval_path."),
+    ] = None
+    group_size: Annotated[int | None, typer.Option(min=1, help="int4: inputs that share a scale; default: 32.")] = None
+    head: Annotated[bool, typer.Option("--head", help="int8, int4: round the head too, if it is untied.")] = False
+
+
+def takes(options: type[_Options]) -> Callable[[Callable[[_Options], None]], Callable[..., None]]:
+    """Gives a command one option for each field of a dataclass, and hands it the dataclass."""
+
+    def decorate(command: Callable[[_Options], None]) -> Callable[..., None]:
+        def called(**values: Any) -> None:
+            command(options(**values))
+
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        called.__signature__ = inspect.signature(options, eval_str=True)  # type: ignore[attr-defined]
+        return called
+
+    return decorate

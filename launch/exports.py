@@ -1,0 +1,89 @@
+"""`cuboid export`: which function makes which format, and what is said of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from cuboid.launch.export_options import ExportOptions, Format
+from cuboid.launch.reports import megabytes
+from cuboid.parallel.errors import FieldError
+from cuboid.trainer import inspection
+from cuboid.trainer.compress import Compressed, Method, compress
+from cuboid.trainer.export import Exported, export_hf
+
+_BELONGS_TO = {
+    "eval_path": (Format.int8, Format.int4),
+    "group_size": (Format.int4,),
+    "head": (Format.int8, Format.int4),
+}
+"""Options that say something of some formats alone."""
+
+
+def export(options: ExportOptions) -> None:
+    """Write what is asked for, prove that it loads, and say what it is.
+
+    Raises:
+        UserError: what is asked for cannot be had.
+        RunFailed: what was written does not give the model's logits.
+    """
+    for name, formats in _BELONGS_TO.items():
+        value = getattr(options, name)
+        if value not in (None, False) and options.to not in formats:
+            constraint = f"says nothing of --to {options.to}"
+            remedy = f"leave it out, or use --to {' or '.join(formats)}"
+            raise FieldError(f"--{name.replace('_', '-')}", value, constraint, remedy)
+    if options.best:
+        options = replace(options, source=inspection.best(options.source), best=False)
+    if options.to is Format.hf:
+        _say_exported(options, export_hf(options.source, options.out, overwrite=options.overwrite))
+        return
+    if options.to in (Format.adapter, Format.merged):
+        from cuboid.trainer.export_adapter import export_adapter
+
+        merge = options.to is Format.merged
+        _say_exported(options, export_adapter(options.source, options.out, merge=merge, overwrite=options.overwrite))
+        return
+    made = compress(
+        options.source, options.out, _method(options), eval_path=options.eval_path, overwrite=options.overwrite
+    )
+    _say_compressed(options, made)
+
+
+def _method(options: ExportOptions) -> Method:
+    from cuboid.trainer.quantize import GROUP_SIZE, Quantization
+
+    return Quantization(
+        bits=8 if options.to is Format.int8 else 4,
+        group_size=options.group_size or GROUP_SIZE,
+        head=options.head,
+    )
+
+
+def _say_exported(options: ExportOptions, done: Exported) -> None:
+    _say_source(done)
+    print(f"{options.out}: made of {done.checkpoint}; loaded again, its logits differ by {done.difference:.1e} at most")
+
+
+def _say_compressed(options: ExportOptions, done: Compressed) -> None:
+    if done.exported:
+        _say_source(done.exported)
+    if done.passage and done.before and done.after:
+        where = f"{done.after.tokens:,} tokens of {done.passage.words}"
+        print(f"held-out loss  {done.before} -> {done.after}, {where}")
+    else:
+        print("held-out loss  not measured: no data.eval_path in the recipe; give --eval-path")
+    print(f"size           {megabytes(done.bytes_before)} -> {megabytes(done.bytes_after)}")
+    print("\n".join(done.words))
+    source = done.exported.checkpoint if done.exported else options.source
+    print(f"{options.out}: made of {source}; loaded again, its logits are equal")
+
+
+def _say_source(done: Exported) -> None:
+    for fault in done.refused:
+        print(f"refused: {fault}", file=sys.stderr)
+    if done.left_out:
+        print(
+            f"left out: {len(done.left_out)} biases of routers (moe.bias_update), for which the format has no place: "
+            "tokens may choose other experts than in training"
+        )

@@ -1,0 +1,145 @@
+"""A finished model as a Hugging Face folder: of a run, of a checkpoint, or one that is there; and the model in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from torch import Tensor
+
+from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer import inspection
+from cuboid.trainer.export import Exported, export_hf, without_progress_bar
+from cuboid.trainer.manifest import MANIFEST
+from cuboid.trainer.publish import discard
+from cuboid.trainer.recipe import Recipe, validated
+from cuboid.trainer.restore import read_facts
+
+Config: TypeAlias = transformers.PretrainedConfig
+Model: TypeAlias = transformers.PreTrainedModel
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A model's folder, and what is known of where it came from."""
+
+    folder: Path
+    exported: Exported | None = None
+    """The checkpoint that the folder was made of."""
+    recipe: Recipe | None = None
+    """Of the run that made it."""
+
+
+def is_model_folder(source: Path) -> bool:
+    """Whether this is a Hugging Face folder, and neither a run nor a checkpoint."""
+    return (source / "config.json").is_file() and not (source / MANIFEST).exists()
+
+
+@contextmanager
+def finished(source: Path, *, beside: Path) -> Iterator[Finished]:
+    """The model of ``source``, a run's folder, a checkpoint or a Hugging Face folder, as a Hugging Face folder; an
+    adapter is merged in.
+
+    Args:
+        beside: where there is room for a passing folder; it is made of a run or checkpoint, and removed at the end.
+
+    Raises:
+        UserError: there is no model.
+    """
+    if is_model_folder(source):
+        yield Finished(source)
+        return
+    passing = beside.absolute().with_name(f".{beside.name}.model")
+    try:
+        if read_facts(inspection.resolve(source))["recipe"].get("lora"):
+            from cuboid.trainer.export_adapter import export_adapter
+
+            exported = export_adapter(source, passing, merge=True, overwrite=True)
+        else:
+            exported = export_hf(source, passing, overwrite=True)
+        recipe, _ = validated(read_facts(exported.checkpoint)["recipe"])
+        yield Finished(passing, exported, recipe)
+    finally:
+        discard(passing)
+
+
+def read_config(folder: Path) -> Config:
+    """The folder's config; raises UserError where transformers does not know it."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is not a model's folder: {_first_line(error)}") from error
+
+
+def load_model(folder: Path, **changes: Any) -> Model:
+    """The folder's model in its own dtype, for inference; no code of the folder is run and no pickle is read.
+
+    Raises:
+        UserError: it cannot be loaded, or not every weight is in its files: transformers alone would draw it at random.
+    """
+    try:
+        with quietly():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto",
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **changes,
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    strange = {f"{name} is missing" for name in info["missing_keys"]}
+    strange |= {f"{name} is too much" for name in info["unexpected_keys"]}
+    strange |= {f"{mismatch[0]} has another shape" for mismatch in info["mismatched_keys"]}
+    if strange:
+        more = f" (and {len(strange) - _SHOWN} more)" if len(strange) > _SHOWN else ""
+        raise UserError(f"{folder} does not hold its model: {'; '.join(sorted(strange)[:_SHOWN])}{more}")
+    return model.eval()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the bars and warnings of the libraries that load and save: `load_model` tells what is wrong."""
+    logging.disable(logging.WARNING)
+    try:
+        with without_progress_bar():
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def some_ids(config: Config) -> Tensor:
+    """[2, up to 64] token ids, the same each time, to compare logits on."""
+    tokens = min(64, getattr(config, "max_position_embeddings", 64))
+    return torch.randint(0, config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: Model) -> Tensor:
+    """[2, up to 64, V] of `some_ids`."""
+    return model(some_ids(model.config)).logits
+
+
+def check_equal(found: Tensor, expected: Tensor, folder: Path) -> None:
+    """Raises RunFailed where a folder that was written does not give the logits of the model that was measured."""
+    if not torch.equal(found, expected):
+        difference = (found - expected).abs().max().item()
+        raise RunFailed(f"{folder} was not written: loaded again, its logits differ by {difference:.1e}")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,104 @@
+"""The torchao door: weights of linear layers rounded to 8 or 4 bits after training.
+
+To the nearest of evenly spaced values (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient
+inference", section 2): in 8 bits symmetric with a scale a row, in 4 bits with a scale and a zero point a group. Weights
+alone are rounded and no activation is, so that neither wants a calibration set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+
+from cuboid.parallel.errors import FieldError, UserError, one_of
+from cuboid.parallel.layout import divisors
+from cuboid.trainer.model_folder import Config, Model, load_model, quietly
+
+GROUP_SIZE = 32
+_SMALLEST_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is rounded, and how coarsely."""
+
+    bits: Literal[8, 4]
+    group_size: int = GROUP_SIZE
+    """Input features that share a scale, in 4 bits; in 8 bits a whole row does."""
+    head: bool = False
+    """The head too; the embedding always stays, which torchao does not round here."""
+
+    def check(self, config: Config) -> None:
+        """Raises FieldError where a matrix cannot be divided into groups, or what is asked for is not there."""
+        with quietly():
+            self._config()  # a missing torchao is told before anything is computed
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError("the model is quantized already; give the run, or the folder that it was made of")
+        if self.head and getattr(config, "tie_word_embeddings", False):
+            # left as it is in silence by transformers, or drawn at random where its untie_embedding_weights is set
+            constraint = "cannot round this model's head, which is the embedding's own tensor"
+            raise FieldError("--head", "true", constraint, "leave the option out")
+        sizes = _input_sizes(config)
+        if not sizes:
+            raise UserError(f"{config.model_type} keeps its matrices in other modules than linear layers; use --to hf")
+        if self.bits == 4 and any(size % self.group_size for size in sizes):
+            fits = [size for size in divisors(gcd(*sizes)) if size >= _SMALLEST_GROUP]
+            constraint = f"does not divide the linear layers' in_features, {one_of(sorted(sizes))}"
+            raise FieldError("--group-size", self.group_size, constraint, f"use {one_of(fits)}" if fits else "")
+
+    def apply(self, folder: Path) -> Model:
+        """The model of ``folder``, rounded while it is read."""
+        settings = transformers.TorchAoConfig(self._config(), include_input_output_embeddings=self.head)
+        return load_model(folder, quantization_config=settings)
+
+    def save(self, model: Model, folder: Path) -> None:
+        with quietly():
+            model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> Model:
+        return load_model(folder)
+
+    def words(self, model: Model) -> Sequence[str]:
+        rounded = {name for name, weight in model.named_parameters() if _is_rounded(weight)}
+        share = sum(weight.numel() for name, weight in model.named_parameters() if name in rounded)
+        part = share / sum(weight.numel() for weight in model.parameters())
+        scale = f"group of {self.group_size} inputs" if self.bits == 4 else "row"
+        kind = str(model.dtype).removeprefix("torch.")
+        lines = [
+            f"int{self.bits}: {len(rounded)} matrices, {part:.0%} of the numbers, one scale a {scale}; rest {kind}"
+        ]
+        if self.bits == 4:
+            lines.append("each of these numbers takes a byte on disk and in memory: on CPUs torchao keeps int4 as int8")
+        return lines
+
+    def _config(self) -> Any:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerGroup
+
+        if self.bits == 8:
+            return Int8WeightOnlyConfig()
+        # Int4WeightOnlyConfig packs two to a byte, for kernels of GPUs: no CPU multiplies with its tensors
+        four_bits = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
+        return IntxWeightOnlyConfig(
+            weight_dtype=four_bits, granularity=PerGroup(self.group_size), mapping_type=MappingType.ASYMMETRIC
+        )
+
+
+def _input_sizes(config: Config) -> set[int]:
+    """in_features of the model's linear layers; the head, whose are those of the layers, does not count as one."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    return {module.in_features for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+
+
+def _is_rounded(weight: torch.Tensor) -> bool:
+    from torchao.utils import TorchAOBaseTensor
+
+    return isinstance(weight, TorchAOBaseTensor)
