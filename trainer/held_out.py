@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.loss import IGNORE, perplexity
-from cuboid.trainer.data import Dataset, prepare
+from cuboid.trainer.data import Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.model import Blueprint, find_parts, whole_masks
 from cuboid.trainer.model_folder import Config, Model
 from cuboid.trainer.recipe import DataSettings, Recipe
@@ -59,7 +59,7 @@ class Passage:
         """The text's name."""
         return self.data.path if isinstance(self.data.path, str) else ", ".join(self.data.path)
 
-    def open(self, folder: Path) -> Dataset:
+    def open(self, folder: Path) -> Dataset | Mixture:
         """The samples, in the tokens of the model in ``folder``.
 
         Raises:
@@ -80,9 +80,11 @@ def passage_of(recipe: Recipe, path: str | None) -> Passage | None:
     wanted = path or recipe.data.eval_path
     if wanted is None:
         return None
+    data = held_out_settings(recipe.data.model_copy(update={"eval_path": wanted}))
+    assert data is not None
     return Passage(
         field="data.eval_path" if path is None else "--eval-path",
-        data=recipe.data.model_copy(update={"path": wanted, "split": recipe.data.eval_split}),
+        data=data,
         samples=recipe.train.eval_batches * recipe.train.global_batch,
         seed=recipe.seed,
     )
