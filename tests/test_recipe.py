@@ -173,7 +173,7 @@ def test_later_work_is_refused_by_name(write):
     path = write(MINIMAL)
     for override in (
         "quantize={bits: 4}", "distill={teacher: x}", "prune={ratio: 0.5}", "launch.min_data=1",
-        "parallel.offload=nvme", "parallel.compile=true", "precision.parameters=bfloat16",
+        "parallel.compile=true", "precision.parameters=bfloat16",
         "data.kind=chat", "parallel.activation_checkpointing=selective",
         "checkpoint.copy_to=s3://x", "model.attention=flash_attention_2",
     ):  # fmt: skip

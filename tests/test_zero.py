@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from harness import run_ranks
 from parity import Reference, assert_same_numbers, compare, difference, reference
 from runs import STEPS, check_resumed, losses, recipe_on, run
 
+from cuboid.parallel.errors import FieldError
 from cuboid.parallel.gradients import local
 from cuboid.parallel.local import Place
 from cuboid.parallel.mesh import Block, connect
@@ -275,6 +277,18 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         for steps in parts:
             run(up_to(steps, "1x2x1", **zero(2)), folder)
     assert losses(tmp_path / "in two") == losses(tmp_path / "whole")
+
+
+def test_two_runs_do_not_share_a_folder_on_a_disk(tmp_path: Path) -> None:
+    """Their files would have the same names."""
+    from cuboid.trainer import zero as engine
+
+    recipe = up_to(STEPS, "1x2x1", **zero(3, offload="nvme", offload_path=str(tmp_path)))
+    block: Any = SimpleNamespace(rank=1)
+    told = engine._offload(recipe, block)
+    assert told["offload_optimizer"] == {"device": "nvme", "nvme_path": f"{tmp_path}/resume-rank1"}
+    with pytest.raises(FieldError, match="is in use by another run of this name; use another folder, or another name"):
+        engine._offload(recipe, block)
 
 
 RECIPE = """\

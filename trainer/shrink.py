@@ -84,6 +84,10 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),
+            # DeepSpeed keeps parts of less than 1 MiB in memory: nothing of a small model would come to lie on a disk
+            "parallel": parallel.model_copy(update={"offload": "cpu", "offload_path": None})
+            if parallel.offload == "nvme"
+            else parallel,
             "data": recipe.data.model_copy(
                 update={"sequence_length": min(recipe.data.sequence_length, lcm(_TOKENS, parallel.tensor))}
             ),
