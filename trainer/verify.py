@@ -24,7 +24,7 @@ from cuboid.parallel.mesh import connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch, prepare
 from cuboid.trainer.model import Blueprint, draw_blueprint, whole_masks, whole_model
-from cuboid.trainer.model_config import config_of, read_checked_config
+from cuboid.trainer.model_config import config_of, num_experts, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.recipe import MoeSettings, Recipe
@@ -306,6 +306,8 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
         words.append(f"experts over {recipe.parallel.expert} ranks")
     if recipe.precision.compute != "float32":
         words.append(recipe.precision.compute)
+        if num_experts(blueprint.config):
+            words.append("each token to all experts")
     return ", ".join(words)
 
 
