@@ -41,7 +41,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         zero(1, expert=2),
-        "parallel.expert=2 is not proven with parallel.engine=deepspeed; use 1, or parallel.engine=native",
+        "parallel.expert=2 gives data ranks experts of their own, and ZeRO averages each gradient over all of them; "
+        "use 1, or parallel.engine=native",
     ),
     *(
         (
@@ -155,13 +156,22 @@ def test_the_compile_step_is_told_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert compile_notice(recipe_on("1x2x1", **zero(3, offload="cpu"))) is None
 
 
-@pytest.mark.parametrize("field", ["compute", "reduce"])
-def test_bfloat16_is_refused(field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        (
+            "compute",
+            "is something else in DeepSpeed: its bf16 goes on from rounded first weights, its autocast adds up layers "
+            "in float32",
+        ),
+        ("reduce", "would round gradients once under ZeRO 1 and in every backward under ZeRO 2 and 3"),
+    ],
+)
+def test_bfloat16_is_refused(field: str, reason: str) -> None:
     recipe = recipe_on("1x2x1", **zero(1))
     changed = recipe.model_copy(update={"precision": recipe.precision.model_copy(update={field: "bfloat16"})})
     (error,) = engine_errors(changed, runs_here=True)
-    words = "is not proven with parallel.engine=deepspeed; use float32, or parallel.engine=native"
-    assert str(error) == f"precision.{field}=bfloat16 {words}"
+    assert str(error) == f"precision.{field}=bfloat16 {reason}; use float32, or parallel.engine=native"
 
 
 def test_a_missing_or_old_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,14 @@ from cuboid.trainer.recipe import Recipe, written
 _OLDEST = (0, 19, 3)
 """Before it DeepSpeed scaled gradients wrongly under a model-parallel group."""
 _SCHEDULES = ("1f1b", "gpipe")
+_OTHER_PRECISION = {
+    "compute": (
+        "is something else in DeepSpeed: its bf16 goes on from rounded first weights, its autocast adds up layers in "
+        "float32"
+    ),
+    "reduce": "would round gradients once under ZeRO 1 and in every backward under ZeRO 2 and 3",
+}
+"""Why a precision below float32 would not compute what the native engine computes."""
 
 
 def engine_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
@@ -46,9 +54,8 @@ def engine_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
     yield from _mesh_errors(recipe)
     yield from _schedule_errors(recipe)
     yield from _disk_errors(recipe, runs_here=runs_here)
-    for field in ("compute", "reduce"):
+    for field, constraint in _OTHER_PRECISION.items():
         if (value := getattr(recipe.precision, field)) != "float32":
-            constraint = "is not proven with parallel.engine=deepspeed"
             yield FieldError(f"precision.{field}", value, constraint, "use float32, or parallel.engine=native")
 
 
@@ -74,7 +81,7 @@ def _mesh_errors(recipe: Recipe) -> Iterator[FieldError]:
         )
         yield FieldError("parallel.zero_stage", settings.zero_stage, constraint, "use 1, or parallel.pipeline=1")
     if settings.expert > 1:
-        constraint = "is not proven with parallel.engine=deepspeed"
+        constraint = "gives data ranks experts of their own, and ZeRO averages each gradient over all of them"
         yield FieldError("parallel.expert", settings.expert, constraint, "use 1, or parallel.engine=native")
     for field, value, default in (("shard", settings.shard, True), ("reshard", settings.reshard, "auto")):
         if value is not default and value != default:

@@ -181,10 +181,12 @@ class ZeroEngine(Engine):
         """DeepSpeed clips, by its own sum of the same gradients."""
         self._optimizer.set_lr(learning_rate)
         self.zero.step()
+        if self.experts and result.measures:
+            self.experts.rebalance(result.measures)
 
     def tensors(self) -> dict[str, Tensor]:
         """Of each parameter the whole, gathered over data and then kept by one data rank: all keep about as much."""
-        state = {}
+        state = self.experts.tensors() if self.experts else {}
         for name, parameter, owner in self._by_group(changed=False):
             with GatheredParameters([parameter]):
                 whole = {f"model.{name}": _put(parameter, parameter.detach())}
