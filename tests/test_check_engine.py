@@ -89,9 +89,14 @@ ON_DISK: list[tuple[dict[str, Any], str]] = [
         zero(3, offload="cpu", offload_path="x"),
         "parallel.offload_path=x needs parallel.offload=nvme; use null, or nvme",
     ),
+    (
+        zero(3, offload="nvme", offload_path="x"),
+        "parallel.offload_path=x is relative, and a cluster's nodes and jobs each have a working directory of their "
+        "own; use an absolute path that every node has",
+    ),
     *(
         (
-            zero(stage, offload="nvme", offload_path="x"),
+            zero(stage, offload="nvme", offload_path="/x"),
             f"parallel.offload=nvme is taken for cpu, without a word, under parallel.zero_stage={stage}; use cpu, or "
             "parallel.zero_stage=3",
         )

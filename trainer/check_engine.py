@@ -114,6 +114,9 @@ def _disk_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         constraint = "leaves open where optimizer state lies"
         yield FieldError("parallel.offload_path", "null", constraint, "give a folder on a disk of the machine")
     if not runs_here:
+        if path is not None and not Path(path).expanduser().is_absolute():
+            constraint = "is relative, and a cluster's nodes and jobs each have a working directory of their own"
+            yield FieldError("parallel.offload_path", path, constraint, "use an absolute path that every node has")
         return
     if missing := _missing_tools():
         constraint = f"is compiled by DeepSpeed, for which {' and '.join(missing)} cannot be found"
