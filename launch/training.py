@@ -18,6 +18,7 @@ from cuboid.launch.failures import STOPPED, shown
 from cuboid.launch.run_folder import newest_step, open_run_folder
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.check import check, local_devices, resolve_devices, runs_elsewhere
+from cuboid.trainer.check_engine import compile_notice
 from cuboid.trainer.inspection import listing
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_file import read_recipe
@@ -95,6 +96,8 @@ def checked_recipe(name: str, overrides: Sequence[str]) -> Recipe:
 
 
 def _launch(recipe: Recipe, folder: Path) -> int:
+    if not runs_elsewhere(recipe.launch) and (notice := compile_notice(recipe)):
+        print(notice)
     if recipe.launch.launcher == "local":
         from cuboid.launch import local
 

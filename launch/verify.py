@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cuboid.launch import local
 from cuboid.launch.training import checked_recipe
 from cuboid.parallel.errors import UserError
+from cuboid.trainer.model_config import config_of, num_experts
 from cuboid.trainer.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
         # what a router learns is the difference of experts, and there is none yet but rounding
         raise UserError(
             "--shrink none cannot tell: experts just made of a dense model are all alike; use --shrink auto"
+        )
+    if not shrink and original.precision.compute != "float32" and num_experts(config_of(original)):
+        # of the shrunk model each token goes to all experts
+        raise UserError(
+            "--shrink none cannot tell: in bfloat16 a token near a tie chooses another expert than in one process; "
+            "use --shrink auto, or precision.compute=float32"
         )
     from cuboid.trainer.one_process import reference
     from cuboid.trainer.verify import comparable, run_mesh, small_recipe, verdict

@@ -18,6 +18,7 @@ clipping too much or too little would leave no trace in the updates."""
 NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "large": {"model_type": "llama", "hidden_size": 64, "vocab_size": 16384},
     "smollm2": {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2"},
@@ -166,6 +167,7 @@ class ZeroCase(Case):
     engine: str = "deepspeed"
     zero_stage: int = 1
     offload: str | None = None
+    offload_path: str | None = None
 
     def __str__(self) -> str:
         return f"zero{self.zero_stage}-{super().__str__()}" + f"-{self.offload}" * bool(self.offload)

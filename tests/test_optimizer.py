@@ -1,4 +1,4 @@
-"""The course of the learning rate, and what is decayed."""
+"""The course of the learning rate, what is decayed, and the norm that clips."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from cuboid.parallel.gradients import sum_of_squares
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.recipe import OptimizerSettings
 
@@ -50,3 +51,9 @@ def test_matrices_are_decayed_norms_biases_and_embeddings_are_not() -> None:
         assert not is_decayed(f"{name}.weight", matrix), name
     assert not is_decayed("model.norm.weight", vector)
     assert not is_decayed("model.layers.0.self_attn.q_proj.bias", vector)
+
+
+def test_the_norm_of_a_large_gradient_is_exact() -> None:
+    gradient = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    expected = gradient.double().square().sum().item()
+    assert sum_of_squares([gradient, gradient], [1.0, 0.5]).item() == pytest.approx(1.5 * expected, rel=1e-12)

@@ -152,7 +152,8 @@ seed: no
         "override `train.steps=[`: expected the node content, but found '<stream end>'",
         "override `data.kind.x=3`: data.kind is not a mapping",
         "override `model.attention=a: b`: a value is a scalar, [a list] or {key: value}",
-        "override `precision.compute=float16`: precision.compute=float16 is not yet offered; use float32 or bfloat16",
+        "override `precision.compute=float16`: precision.compute=float16 has not the range of bfloat16 and float32: "
+        "its losses would have to be scaled, which is offered on no device; use float32 or bfloat16",
         "override `track.t=1`: track.t is not a key; did you mean track.to?",
     ]
 
@@ -172,13 +173,15 @@ def test_later_work_is_refused_by_name(write):
     path = write(MINIMAL)
     for override in (
         "quantize={bits: 4}", "launch.min_data=1",
-        "parallel.offload=nvme", "parallel.compile=true", "precision.parameters=bfloat16",
-        "data.kind=tokens", "precision.reduce=float16", "parallel.activation_checkpointing=selective",
+        "parallel.compile=true", "precision.parameters=bfloat16",
+        "data.kind=tokens", "parallel.activation_checkpointing=selective",
         "checkpoint.copy_to=s3://x", "model.attention=flash_attention_2",
     ):  # fmt: skip
         (line,) = complaints(path, override)
         assert line.startswith(f"override `{override}`: {override.partition('=')[0]}=")
         assert "is not yet offered; use " in line
+    (line,) = complaints(path, "precision.reduce=float16")
+    assert "losses would have to be scaled, which is offered on no device; use float32 or bfloat16" in line
 
 
 def test_a_section_that_may_be_null_has_keys_too(write):

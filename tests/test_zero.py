@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from harness import run_ranks
 from parity import Reference, assert_same_numbers, compare, difference, reference
 from runs import STEPS, check_resumed, losses, recipe_on, run
 
+from cuboid.parallel.errors import FieldError
 from cuboid.parallel.gradients import local
 from cuboid.parallel.local import Place
 from cuboid.parallel.mesh import Block, connect
@@ -26,7 +28,7 @@ from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import Engine, NotFinite
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import read_checked_config
-from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.weights import from_full
 
 
@@ -48,6 +50,7 @@ CELLS = [
     ZeroCase(2, 2, 1, zero_stage=1),
     ZeroCase(2, 2, 2, zero_stage=1, family="qwen3", tied=True),
     ZeroCase(1, 2, 1, zero_stage=2, offload="cpu"),
+    ZeroCase(1, 2, 1, zero_stage=3, family="mixtral"),
 ]
 MORE_CELLS = [
     ZeroCase(1, 1, 1, zero_stage=1, offload="cpu"),
@@ -55,6 +58,8 @@ MORE_CELLS = [
     ZeroCase(1, 2, 2, zero_stage=1, family="qwen3"),
     ZeroCase(1, 2, 2, zero_stage=2, tied=True),
     ZeroCase(1, 4, 1, zero_stage=2, family="qwen2", microbatches=2),
+    ZeroCase(1, 2, 1, zero_stage=2, family="qwen3_moe", capacity_factor=1.25),
+    ZeroCase(2, 2, 1, zero_stage=1, family="olmoe", activation_checkpointing="full"),
     ZeroCase(1, 4, 1, zero_stage=3, activation_checkpointing="full"),
     ZeroCase(1, 2, 2, zero_stage=3, offload="cpu", family="qwen3", sequence=False),
     ZeroCase(1, 2, 1, "gpipe", zero_stage=1, activation_checkpointing="full"),
@@ -238,6 +243,26 @@ def test_a_run_changes_its_engine_when_it_resumes(before: Any, after: Any, undis
         assert norm == pytest.approx(expected_norm, rel=1e-4), step
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("first", ["native", "zero 2"])
+def test_a_mixture_changes_its_engine_when_it_resumes(first: str, tmp_path: Path) -> None:
+    """The biases that balance its experts go along."""
+
+    def mixture(steps: int, **parallel: Any) -> Recipe:
+        config = {"model_type": "mixtral", "num_local_experts": 4, "tie_word_embeddings": False}
+        changes = {"optimizer": {"schedule": "constant"}, "config": config, "train": {"steps": steps}}
+        recipe = recipe_on("1x2x1", changes=changes, **parallel)
+        return recipe.model_copy(update={"moe": MoeSettings(aux_loss=0.1, bias_update=0.02)})
+
+    before, after = ({}, zero(2)) if first == "native" else (zero(2), {})
+    run(mixture(STEPS), tmp_path / "whole")
+    run(mixture(6, **before), tmp_path / "in two")
+    run(mixture(STEPS, **after), tmp_path / "in two")
+    check_resumed(tmp_path / "in two", at=6)
+    for found, expected in zip(losses(tmp_path / "in two"), losses(tmp_path / "whole"), strict=True):
+        assert found[1:] == pytest.approx(expected[1:], rel=1e-4)
+
+
 def load_and_give_back(recipe: Recipe, checkpoint: Path) -> list[str]:
     """Names whose values are not, bit for bit, what was loaded."""
     with connect(recipe.layout, timeout_seconds=60) as block:
@@ -275,6 +300,18 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         for steps in parts:
             run(up_to(steps, "1x2x1", **zero(2)), folder)
     assert losses(tmp_path / "in two") == losses(tmp_path / "whole")
+
+
+def test_two_runs_do_not_share_a_folder_on_a_disk(tmp_path: Path) -> None:
+    """Their files would have the same names."""
+    from cuboid.trainer import zero as engine
+
+    recipe = up_to(STEPS, "1x2x1", **zero(3, offload="nvme", offload_path=str(tmp_path)))
+    block: Any = SimpleNamespace(rank=1)
+    told = engine._offload(recipe, block)
+    assert told["offload_optimizer"] == {"device": "nvme", "nvme_path": f"{tmp_path}/resume-rank1"}
+    with pytest.raises(FieldError, match="is in use by another run of this name; use another folder, or another name"):
+        engine._offload(recipe, block)
 
 
 RECIPE = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -64,6 +65,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             pipeline=_pipeline(recipe, block, blueprint, {index: zero}, loss),
             loss=loss,
             parameters=parameters,
+            experts=experts,
             tied=tied,
             teacher=teacher,
             averaged_over=block.layout.data,
@@ -131,8 +133,12 @@ def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | No
     """None where no layer has experts."""
     if not (counts := expert_counts(blueprint)):
         return None
+    balance = Balance(**(recipe.moe or MoeSettings()).model_dump(exclude={"experts", "top_k"}))
+    if recipe.parallel.engine == "deepspeed":  # which averages over data: each rank's losses are larger by as much
+        ranks = block.layout.data
+        balance = replace(balance, aux_loss=balance.aux_loss * ranks, z_loss=balance.z_loss * ranks)
     routing = Routing(
-        balance=Balance(**(recipe.moe or MoeSettings()).model_dump(exclude={"experts", "top_k"})),
+        balance=balance,
         normalised=getattr(blueprint.config, "norm_topk_prob", True),
         num_layers=len(counts),
         tensor_group=block.mesh["tensor"].get_group(),

@@ -269,9 +269,9 @@ def _expert_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErr
         if number % expert:
             remedy = f"use {one_of(divisors(gcd(count, ranks)))}"
             yield FieldError("parallel.expert", expert, f"does not divide {words}", remedy)
-    if recipe.parallel.engine == "deepspeed":
-        constraint = f"is not proven with the experts of this {family}"
-        yield FieldError("parallel.engine", "deepspeed", constraint, "use native")
+    if recipe.parallel.engine == "deepspeed" and recipe.parallel.tensor > 1:
+        constraint = f"sums over data alone, and each tensor rank has tokens of its own for the experts of {family}"
+        yield FieldError("parallel.engine", "deepspeed", constraint, "use native, or parallel.tensor=1")
     if recipe.parallel.tensor > 1 and not recipe.parallel.sequence:
         constraint = "gives all tensor ranks the same tokens, and each would send them to the experts"
         yield FieldError("parallel.sequence", "false", constraint, "use true, or parallel.tensor=1")

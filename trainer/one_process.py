@@ -86,7 +86,8 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         if step == 1:
             gradients = {name: _gradient(name, parameter) for name, parameter in masters.items()}
         limit = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm
-        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), limit).item())
+        norms.append(math.sqrt(sum(_gradient(name, p).double().square().sum().item() for name, p in masters.items())))
+        torch.nn.utils.clip_grad_norm_(masters.values(), limit)
         for group in adamw.param_groups:
             group["lr"] = learning_rate(step, steps=recipe.train.steps, settings=settings)
         adamw.step()

@@ -155,8 +155,10 @@ class ParallelSettings(Settings):
     """What runs data parallelism: native is FSDP2, deepspeed is ZeRO (the extra cuboid[deepspeed])."""
     zero_stage: Literal[1, 2, 3] | None = None
     """What the deepspeed engine divides over data: 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload: Annotated[Literal["cpu", "nvme"] | None, Offered((None, "cpu"))] = None
-    """Where the deepspeed engine keeps optimizer state and updates parameters; null: on the device."""
+    offload: Literal["cpu", "nvme"] | None = None
+    """Where the deepspeed engine keeps optimizer state; cpu and nvme (a disk) update on the CPU, null on the device."""
+    offload_path: Text | None = None
+    """Folder on a local disk for offload: nvme; each rank makes one of its own in it."""
     activation_checkpointing: Annotated[Literal["none", "full", "selective"], Offered(("none", "full"))] = "none"
     """full: a layer keeps only its input and computes the rest again in the backward."""
     compile: Annotated[bool, Offered((False,))] = False

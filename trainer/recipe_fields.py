@@ -17,6 +17,8 @@ class Offered:
     """Marks a field whose schema knows the values of later work: only ``values`` work today."""
 
     values: tuple[object, ...]
+    reason: str = "is not yet offered"
+    """Why the others are refused."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
@@ -29,7 +31,7 @@ class Offered:
         if any(value == offered and type(value) is type(offered) for offered in self.values):
             return value
         remedy = f"use {one_of([written(offered) for offered in self.values])}"
-        raise PydanticCustomError("cuboid", "not yet", {"constraint": "is not yet offered", "remedy": remedy})
+        raise PydanticCustomError("cuboid", "not yet", {"constraint": self.reason, "remedy": remedy})
 
 
 Later = Annotated[dict[str, Any] | None, Offered((None,))]
@@ -41,7 +43,10 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], Strict(False)]
-Number = Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32", "bfloat16"))]
+_LOSS_SCALING = (
+    "has not the range of bfloat16 and float32: its losses would have to be scaled, which is offered on no device"
+)
+Number = Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32", "bfloat16"), _LOSS_SCALING)]
 
 
 def written(value: object) -> str:

@@ -20,14 +20,17 @@ _HEAD = 8
 _TOKENS = 16
 
 
-def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int, expert: int = 1) -> PretrainedConfig:
+def shrink_config(
+    config: PretrainedConfig, *, tensor: int, layers: int, expert: int = 1, top_k: int | None = 2
+) -> PretrainedConfig:
     """The same family with ``layers`` small layers, of all kinds in turn, that divide by ``tensor``, and few experts
-    that divide by ``expert``."""
+    that divide by ``expert``, of which each token chooses ``top_k``, or None: all."""
     small = copy.deepcopy(config)
     kinds = layer_kinds(config)
     kv_heads = getattr(config, "num_key_value_heads", None)
     share = 1 if kv_heads is None else min(config.num_attention_heads // kv_heads, 2)
     heads = share * lcm(2, tensor)
+    experts = lcm(4, expert)
     sizes = {
         "num_attention_heads": heads,
         "num_key_value_heads": heads // share,
@@ -35,9 +38,9 @@ def shrink_config(config: PretrainedConfig, *, tensor: int, layers: int, expert:
         "hidden_size": heads * _HEAD,
         "intermediate_size": 6 * lcm(_HEAD, tensor),
         "moe_intermediate_size": 2 * _HEAD,
-        "num_experts": lcm(4, expert),
-        "num_local_experts": lcm(4, expert),
-        "num_experts_per_tok": 2,
+        "num_experts": experts,
+        "num_local_experts": experts,
+        "num_experts_per_tok": top_k or experts,
         "vocab_size": 8 * lcm(_HEAD, tensor),
         "sliding_window": 5,
         "pad_token_id": None,
@@ -73,7 +76,14 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
     parallel = recipe.parallel
     stages, kinds = parallel.pipeline * virtual_stages(recipe), len(layer_kinds(config))
     layers = config.num_hidden_layers if parallel.layers else min(config.num_hidden_layers, max(stages + 1, 2 * kinds))
-    small = shrink_config(config, tensor=parallel.tensor, layers=max(layers, stages), expert=parallel.expert)
+    small = shrink_config(
+        config,
+        tensor=parallel.tensor,
+        layers=max(layers, stages),
+        expert=parallel.expert,
+        # near a tie, rounding in bfloat16 decides which expert a token chooses, and no two orders of sums round alike
+        top_k=2 if recipe.precision.compute == "float32" else None,
+    )
     known = known_keys(type(config)) - set(_NOT_VALUES)
     values = {key: value for key, value in small.to_diff_dict().items() if key in known}
     plan = recipe.batch_plan
@@ -86,6 +96,10 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),
+            # DeepSpeed keeps parts of less than 1 MiB in memory: nothing of a small model would come to lie on a disk
+            "parallel": parallel.model_copy(update={"offload": "cpu", "offload_path": None})
+            if parallel.offload == "nvme"
+            else parallel,
             "data": recipe.data.model_copy(
                 update={"sequence_length": min(recipe.data.sequence_length, lcm(_TOKENS, parallel.tensor))}
             ),

@@ -20,7 +20,7 @@ from cuboid.trainer.assemble import assemble
 from cuboid.trainer.check_distill import teacher_recipe
 from cuboid.trainer.data import Batch
 from cuboid.trainer.model import Blueprint
-from cuboid.trainer.model_config import config_of
+from cuboid.trainer.model_config import config_of, num_experts
 from cuboid.trainer.one_process import Reference, first_values, undropped_blueprint, whole_with_values
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.recipe import Recipe
@@ -194,6 +194,8 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
         words.append(f"with {recipe.distill.weight:g} of a teacher")
     if recipe.precision.compute != "float32":
         words.append(recipe.precision.compute)
+        if num_experts(blueprint.config):
+            words.append("each token to all experts")
     return ", ".join(words)
 
 

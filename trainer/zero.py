@@ -6,10 +6,17 @@ others ask for is gathered over the data axis, one parameter at a time.
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,12 +26,11 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_grad,
     safe_get_full_optimizer_state,
-    safe_get_local_grad,
     safe_set_full_optimizer_state,
-    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
+from cuboid.parallel.errors import FieldError
 from cuboid.parallel.gradients import TiedWeights, local, sum_of_squares
 from cuboid.parallel.local import place_of
 from cuboid.parallel.mesh import Block
@@ -36,6 +42,9 @@ from cuboid.trainer.recipe import Recipe
 
 _BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's own size of the buffer in which gradients are reduced."""
+_GROUP_ELEMENTS = 100_000_000
+"""Elements that are updated at a time where the state lies on disk: weights, gradients and both moments of so many are
+in memory then, 1.6 GB a rank."""
 
 
 def divide(
@@ -58,7 +67,6 @@ def divide(
     # it calls torch's collectives by the names of torch 2.11
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     settings, clip = recipe.parallel, recipe.optimizer.clip_grad_norm
-    offload = {"offload_optimizer": {"device": settings.offload}} if settings.offload else {}
     config = {
         # gradients pile up over the microbatches of our own schedule; to DeepSpeed a step is one batch
         "train_micro_batch_size_per_gpu": 1,
@@ -72,7 +80,7 @@ def divide(
             # stage 3: every parameter is divided, and freed after each use, however small the model
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,
-            **offload,
+            **_offload(recipe, block),
         },
     }
     engine, *_ = deepspeed.initialize(
@@ -83,6 +91,29 @@ def divide(
         dist_init_required=False,
     )
     return engine
+
+
+def _offload(recipe: Recipe, block: Block) -> dict[str, Any]:
+    """What DeepSpeed is told of where optimizer state lies.
+
+    Raises:
+        FieldError: another run writes there.
+    """
+    kind, path = recipe.parallel.offload, recipe.parallel.offload_path
+    if kind != "nvme":
+        return {"offload_optimizer": {"device": kind}} if kind else {}
+    assert path is not None, "the check wants a folder"
+    folder = Path(path).expanduser() / f"{recipe.name}-rank{block.rank}"
+    try:
+        folder.mkdir(exist_ok=True)
+        # held as long as this process lives: its files have the same names in every run
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder / "zero_stage_3", ignore_errors=True)  # of an earlier start: a checkpoint has what counts
+    except OSError as error:
+        in_use = "is in use by another run of this name"
+        constraint = in_use if isinstance(error, BlockingIOError) else f"cannot be written: {error.strerror}"
+        raise FieldError("parallel.offload_path", path, constraint, "use another folder, or another name") from None
+    return {"offload_optimizer": {"device": kind, "nvme_path": str(folder)}, "sub_group_size": _GROUP_ELEMENTS}
 
 
 @dataclass(kw_only=True)
@@ -97,9 +128,16 @@ class ZeroEngine(Engine):
         self._stage = self.zero.zero_optimization_stage()
         if self._stage == 3:
             self._flat = self._optimizer.fp32_partitioned_groups_flat
+            # DeepSpeed has reduced gradients in one buffer, in the order of its groups, also where the rest is on disk
+            divided = [parameter for group in self._optimizer.fp16_groups for parameter in group]
+            sizes = [parameter.partition_numel() for parameter in divided]
+            parts = self._optimizer.grad_partitions_flat_buffer.split(sizes)
+            self._gradient_parts = dict(zip(divided, parts, strict=True))
         else:
             self._flat = self._optimizer.single_partition_of_fp32_groups
-        make_moments(self._optimizer.optimizer, self._flat)
+        for group, flat in enumerate(self._flat):
+            with self._in_memory(group, changed=True):
+                make_moments(self._optimizer.optimizer, [flat])
         set_step(self._optimizer.optimizer, self._flat, 0)
         if self._stage < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()  # parameters learn where their moments lie
@@ -128,7 +166,11 @@ class ZeroEngine(Engine):
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, parameter in self.parameters:
-            yield name, _put(parameter, safe_get_full_grad(parameter))
+            if self._stage == 3:
+                gradient = self._gathered(parameter, self._gradient_parts[parameter])
+            else:
+                gradient = safe_get_full_grad(parameter)
+            yield name, _put(parameter, gradient)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters:
@@ -139,29 +181,34 @@ class ZeroEngine(Engine):
         """DeepSpeed clips, by its own sum of the same gradients."""
         self._optimizer.set_lr(learning_rate)
         self.zero.step()
+        if self.experts and result.measures:
+            self.experts.rebalance(result.measures)
 
     def tensors(self) -> dict[str, Tensor]:
         """Of each parameter the whole, gathered over data and then kept by one data rank: all keep about as much."""
-        state = {}
-        for (name, weight), (_, parameter), owner in zip(self.weights(), self.parameters, self._owners, strict=True):
-            whole = {f"model.{name}": weight}
+        state = self.experts.tensors() if self.experts else {}
+        for name, parameter, owner in self._by_group(changed=False):
+            with GatheredParameters([parameter]):
+                whole = {f"model.{name}": _put(parameter, parameter.detach())}
             for moment in MOMENTS:
-                value = safe_get_full_optimizer_state(parameter, moment)
-                whole[f"optimizer.{moment}.{name}"] = _put(parameter, value)
+                whole[f"optimizer.{moment}.{name}"] = _put(parameter, self._moment(parameter, moment))
             if owner == self.block.coordinate.data:
                 state.update(whole)
         return state
 
     @torch.no_grad()
     def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        for (name, parameter), owner in zip(self.parameters, self._owners, strict=True):
+        for name, parameter, owner in self._by_group(changed=True):
             weight = self._from_owner(tensors.get(f"model.{name}"), parameter, owner)
             with GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(weight)
+            if self._stage == 3:
+                self._part(parameter).copy_(parameter.ds_tensor)
             for moment in MOMENTS:
                 value = self._from_owner(tensors.get(f"optimizer.{moment}.{name}"), parameter, owner)
                 self._set_moment(parameter, value, moment)
-        self._optimizer.refresh_fp32_params()
+        if self._stage < 3:
+            self._optimizer.refresh_fp32_params()
         set_step(self._optimizer.optimizer, self._flat, step)
 
     def _from_owner(self, tensor: Tensor | None, parameter: nn.Parameter, owner: int) -> Tensor:
@@ -171,19 +218,62 @@ class ZeroEngine(Engine):
         dist.broadcast(value, src=dist.get_global_rank(group, owner), group=group)
         return value
 
+    def _by_group(self, *, changed: bool) -> Iterator[tuple[str, Any, int]]:
+        """(name, parameter, its owner), group by group: of one group at a time the optimizer state is in memory."""
+        named = [
+            (self._group(p), name, p, owner) for (name, p), owner in zip(self.parameters, self._owners, strict=True)
+        ]
+        for group, members in groupby(sorted(named, key=itemgetter(0)), key=itemgetter(0)):
+            with self._in_memory(group, changed=changed):
+                for _, name, parameter, owner in members:
+                    yield name, parameter, owner
+
+    @contextmanager
+    def _in_memory(self, group: int, *, changed: bool) -> Iterator[None]:
+        """A group's weights and moments that lie on disk, in memory meanwhile; written back where they are changed."""
+        on_disk = self._stage == 3 and self._optimizer._swappable_optimizer_subgroup(group)
+        if on_disk:
+            self._optimizer._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if on_disk and changed:
+            self._optimizer._optimizer_states_and_gradient_swap_out(group)
+        elif on_disk:
+            self._optimizer._release_swap_buffers(group)
+
+    def _group(self, parameter: nn.Parameter) -> int:
+        """Of stage 3, which part of the flat buffers the parameter lies in; stages 1 and 2 have all in memory."""
+        if self._stage < 3:
+            return 0
+        return self._optimizer.grad_position[self._optimizer.get_param_id(parameter)][0]
+
+    def _part(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        """This data rank's part of what stage 3 keeps of a parameter, flat and in place: weights, or a moment."""
+        group, start, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        flat = self._flat[group]
+        kept = flat if moment is None else self._optimizer.optimizer.state[flat][moment]
+        return kept.detach().narrow(0, start, size)
+
+    def _gathered(self, parameter: Any, part: Tensor) -> Tensor:
+        """The whole of which stage 3 gives each data rank a flat part, the last of them filled up."""
+        return self._optimizer._fp32_state_allgather(parameter, part)
+
+    def _moment(self, parameter: Any, moment: str) -> Tensor:
+        if self._stage == 3:
+            return self._gathered(parameter, self._part(parameter, moment))
+        return safe_get_full_optimizer_state(parameter, moment)
+
     def _set_moment(self, parameter: Any, value: Tensor, moment: str) -> None:
         if self._stage < 3:
             safe_set_full_optimizer_state(parameter, value, moment)
             return
-        # DeepSpeed's own way from a whole one fails where the last rank's part is filled up
-        size, rank = parameter.ds_tensor.numel(), self.block.coordinate.data
-        part = value.flatten()[rank * size : (rank + 1) * size]
-        safe_set_local_optimizer_state(parameter, nn.functional.pad(part, (0, size - part.numel())), moment)
+        part, rank = self._part(parameter, moment), self.block.coordinate.data
+        own = value.flatten()[rank * part.numel() : (rank + 1) * part.numel()]
+        part.zero_()[: own.numel()] = own  # the last rank's part is filled up
 
     def _own_gradient(self, parameter: Any) -> Tensor | None:
         """What this data rank holds of a reduced gradient, flat."""
         if self._stage == 3:
-            return safe_get_local_grad(parameter)
+            return self._gradient_parts[parameter].to(self.block.device)
         fragment = parameter._hp_mapping
         return fragment.get_lp_grad_fragment(parameter._index_in_param_group) if fragment else None
 
