@@ -73,6 +73,7 @@ class DeepSpeedPipeline:
                 },
                 dist_init_required=False,
             )
+        module._layer_specs.clear()  # they hold the whole model
         self.parameters = list(module.parameters())
         for parameter in self.parameters:
             parameter.model_parallel = every_stage  # type: ignore[attr-defined]

@@ -96,8 +96,8 @@ def bare(recipe: Recipe, block: Block) -> Iterator[Step]:
     """The hand-written loop, with torch's schedule of the same name."""
     settings, schedule = recipe.parallel, SCHEDULES[recipe.parallel.schedule].torch_name
     shape = (recipe.batch_plan.microbatch_size, recipe.data.sequence_length)
-    model = whole_model(recipe)
-    loop = BareLoop(model, block.mesh, microbatches=settings.microbatches, shape=shape, schedule=schedule)
+    # the whole model is not kept
+    loop = BareLoop(whole_model(recipe), block.mesh, microbatches=settings.microbatches, shape=shape, schedule=schedule)
     yield fed(loop.step, recipe, block)
 
 
