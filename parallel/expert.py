@@ -169,6 +169,8 @@ class ExpertLayer:
     def _dispatch(self, x: Tensor, chosen: Tensor, weights: Tensor, kept: Tensor | None) -> Tensor:
         """Each token's copies to the ranks of its experts, and the weighted sum [N, D] of what comes back."""
         group, k = self._expert_group, chosen.shape[1]
+        if group.size() == 1 and kept is None:
+            return self._compute(x, chosen, weights)  # what follows would sort and copy once more for nothing
         expert = chosen.flatten() if kept is None else chosen.masked_fill(~kept, self.num_experts).flatten()
         counts = torch.bincount(expert, minlength=self.num_experts + 1)[: self.num_experts].view(group.size(), -1)
         arriving = counts

@@ -19,6 +19,7 @@ from cuboid.trainer.recipe import MoeSettings
 
 COVER = [
     Case(1, 1, 2, family="mixtral", activation_checkpointing="full", capacity_factor=1.0),
+    Case(1, 1, 2, family="olmoe"),
     Case(2, 1, 1, "zbv", family="qwen3_moe", capacity_factor=0.8),
     Case(2, 2, 1, "1f1b", family="gpt_oss", expert=2, tied=True),
     Case(1, 2, 2, family="olmoe", expert=2, shard=False, tied=True),

@@ -16,7 +16,14 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe by which a teacher's stages are built: another model on the student's mesh, of which nothing is
     trained."""
     assert recipe.distill is not None
-    parallel = {"layers": None, "engine": "native", "zero_stage": None, "offload": None, "expert": 1}
+    parallel = {
+        "layers": None,
+        "engine": "native",
+        "zero_stage": None,
+        "offload": None,
+        "offload_path": None,
+        "expert": 1,
+    }
     return recipe.model_copy(
         update={
             "model": ModelSettings(pretrained=recipe.distill.teacher, attention=recipe.model.attention),
