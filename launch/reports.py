@@ -30,8 +30,12 @@ def print_inspection(path: Path) -> None:
     print(f"step        {found['step']}")
     print(f"size        {megabytes(found['bytes'])} in {len(found['files'])} files")
     for key, value in facts.items():
-        if key not in ("step", "recipe", "model_config"):
+        if key not in ("step", "recipe", "model_config", "adapter"):
             print(f"{key:<12}{value}")
+    if adapter := facts.get("adapter"):
+        share = f"{adapter['trained']:,} of {adapter['parameters']:,} numbers"
+        print(f"adapter     rank {adapter['settings']['rank']}: {share}")
+        print(f"base        {adapter['base'] or 'drawn from the seed'}")
     tensors: dict[str, dict[str, Any]] = found["tensors"]
     print(f"tensors     {len(tensors)}, {sum(prod(tensor['shape']) for tensor in tensors.values()):,} numbers")
     for name, tensor in sorted(tensors.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from cuboid.launch import cli
 from cuboid.launch.progress import told
+from cuboid.launch.reports import print_inspection
 from cuboid.parallel.errors import FieldError, RunFailed, UserError
 from cuboid.trainer import check_lora, inspection
 from cuboid.trainer import export_adapter as adapter_export
@@ -63,7 +65,7 @@ def loaded(folder: str | Path) -> Any:
 LORA = {"rank": 4, "alpha": 8.0, "bias": "lora_only", "modules_to_save": ["lm_head"]}
 
 
-def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
+def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One run without a break on one rank, one that changes its mesh in the middle: the same losses, and what they
     export is what peft and transformers load."""
     base = pretrained(tmp_path / "base")
@@ -81,6 +83,12 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
     assert names == set(trained(blueprint.model))
     assert len(found["tensors"]) == 3 * len(names), "an adapter, two moments of each, and nothing of the base"
     assert found["facts"]["adapter"]["trained"] == sum(p.numel() for p in trained(blueprint.model).values())
+
+    print_inspection(changed)
+    printed = capsys.readouterr().out
+    trained_numbers = f"{found['facts']['adapter']['trained']:,}"
+    assert re.search(rf"^adapter     rank 4: {trained_numbers} of [0-9,]+ numbers$", printed, re.MULTILINE)
+    assert re.search(r"^base        [0-9a-f]{64}$", printed, re.MULTILINE)
 
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     assert export_adapter(changed, adapter).difference <= 1e-5
@@ -105,13 +113,20 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe"])
-def test_transposed_linears_and_mixtures_are_exported(tmp_path: Path, family: str) -> None:
-    base = pretrained(tmp_path / "base", family)
-    recipe = adapter_run(base, {"rank": 2, "dora": family == "gpt2"})
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_transposed_linears_and_mixtures_are_exported_and_gone_on_from(tmp_path: Path, family: str) -> None:
+    base, dora = pretrained(tmp_path / "base", family), family == "gpt2"
+    recipe = adapter_run(base, {"rank": 2, "dora": dora})
     run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "run")
     assert export_adapter(tmp_path / "run", tmp_path / "adapter").difference <= 1e-5
     assert export_adapter(tmp_path / "run", tmp_path / "merged", merge=True).difference <= 1e-4
+    for mesh in (one := "1x1x1"), (many := "2x2x1" if dora else "1x2x2"):
+        again = adapter_run(base, {"adapter": str(tmp_path / "adapter")}, mesh)
+        assert not [*target_errors(again, draw_blueprint(read_checked_config(again.model)))]
+        run(again, tmp_path / mesh)
+    assert losses(tmp_path / one)[0][1] < losses(tmp_path / "run")[0][1], "it begins with what was learnt"
+    for expected, found in zip(losses(tmp_path / one), losses(tmp_path / many), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.full

@@ -24,6 +24,7 @@ _OURS = {
 _WITHOUT_EFFECT = (
     "auto_mapping",
     "base_model_name_or_path",
+    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
     "megatron_core",
@@ -33,7 +34,8 @@ _WITHOUT_EFFECT = (
     "revision",
     "task_type",
 )
-"""Keys that change nothing of what the saved values compute, or that are checked by themselves."""
+"""Keys that change nothing of what the saved values compute, that follow from the model (whether a linear is
+transposed), or that are checked by themselves."""
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 """First values that leave the model beside them as it is; pissa and its like take their part out of it."""
 
