@@ -224,7 +224,9 @@ def test_a_tokenizer_that_does_not_tell_places_is_refused(tmp_path):
     CanineTokenizer().save_pretrained(tmp_path / "slow")
     (tmp_path / "slow" / "config.json").write_text('{"model_type": "canine"}')
     path, tokenizer = chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), PretrainedTokenizer(str(tmp_path / "slow"))
-    with pytest.raises(FieldError, match=r"data.tokenizer=.*slow has no fast form, .*; use a model with a tokenizer.json"):
+    with pytest.raises(
+        FieldError, match=r"data.tokenizer=.*slow has no fast form, .*; use a model with a tokenizer.json"
+    ):
         prepared(path, tmp_path / "cache", kind="chat", chat_template="chatml", tokenizer=tokenizer)
 
 

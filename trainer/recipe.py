@@ -56,8 +56,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-MIXTURE = 1024
-"""Sequences among which each entry of a mixture has exactly its share; weights are rounded to so many parts."""
 Number = Annotated[Literal["float32", "bfloat16", "float16"], Offered(("float32", "bfloat16"))]
 
 
@@ -115,6 +113,10 @@ class PrecisionSettings(Settings):
     """Type of activations and matrix products."""
     reduce: Number = "float32"
     """Type in which gradients are summed over data ranks."""
+
+
+MIXTURE = 1024
+"""Sequences among which each entry of a mixture has exactly its share; weights are rounded to so many parts."""
 
 
 class ColumnSettings(Settings):
