@@ -115,12 +115,12 @@ def told(event: Mapping[str, Any]) -> str | None:
     kind = event["kind"]
     if kind == "failure" and event["restart"]:
         return event["words"]
+    if kind == "data" and event["left_out"]:
+        return f"{event['part']} data: {event['left_out']}"
     if kind == "start" and event.get("step"):
         return f"going on after step {event['step']}"
     if kind == "adapter":
         return _adapter_words(event)
-    if kind == "data" and event["left_out"]:
-        return f"data: {event['left_out']}"
     if kind == "checkpoint_refused":
         return f"{event['path']} is refused: {'; '.join(event['faults'][:3])}; trying the one before it"
     if kind.endswith("_failed") or kind == "checkpoint_not_removed":

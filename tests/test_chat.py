@@ -218,6 +218,18 @@ def test_templates_that_cannot_be_used_are_told_before_anything_is_read(tmp_path
     assert line == "data.truncation=drop means nothing for data.kind=text; use end, or data.kind=chat or instruct"
 
 
+def test_a_tokenizer_that_does_not_tell_places_is_refused(tmp_path):
+    from transformers import CanineTokenizer
+
+    CanineTokenizer().save_pretrained(tmp_path / "slow")
+    (tmp_path / "slow" / "config.json").write_text('{"model_type": "canine"}')
+    path, tokenizer = chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), PretrainedTokenizer(str(tmp_path / "slow"))
+    with pytest.raises(
+        FieldError, match=r"data.tokenizer=.*slow has no fast form, .*; use a model with a tokenizer.json"
+    ):
+        prepared(path, tmp_path / "cache", kind="chat", chat_template="chatml", tokenizer=tokenizer)
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="`make smollm2` was not run")
 def test_a_real_models_conversations_are_what_transformers_makes_of_them(tmp_path):

@@ -20,6 +20,7 @@ from runs import EVERY, STEPS, check_resumed, events, losses, recipe_on, run, sa
 from samples import said, write_rows
 from stores import flip, kill_at_file_operation
 
+from cuboid.launch.progress import told
 from cuboid.trainer.checkpoint import load
 from cuboid.trainer.engine import NativeEngine, StepResult
 from cuboid.trainer.inspection import listing
@@ -229,10 +230,11 @@ def test_conversations_go_on_at_the_same_sample(tmp_path: Path, mesh: str) -> No
     folder = tmp_path / "run"
     run(recipe_on("2x2x1", changes=changes), folder)
     whole, evaluated = losses(folder), read_metrics(folder)[-1]["eval_loss"]
-    (told,) = events(folder, "data")
-    assert told["documents"] == 70
+    trained, held_out = events(folder, "data")
+    assert (trained["documents"], held_out["documents"]) == (70, 20)
     left_out = r"broken and skipped: 1 \(.*train.jsonl, line 71: not JSON.*, dropped as too long: 24"
-    assert re.fullmatch(left_out, told["left_out"])
+    assert re.fullmatch(left_out, trained["left_out"])
+    assert told(held_out) == f"evaluation data: {held_out['left_out']}"
     for step in (6, 9):
         shutil.rmtree(checkpoint_of(folder, step))
     shutil.rmtree(Path(os.environ["CUBOID_CACHE"]) / "packs")  # packed once more

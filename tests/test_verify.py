@@ -21,6 +21,8 @@ from cuboid.launch import cli
 from cuboid.launch import verify as verification
 from cuboid.parallel import collectives, expert, gradients, tensor
 from cuboid.trainer import assemble, engine
+from cuboid.trainer import verify as verify_module
+from cuboid.trainer.data import Batch
 
 RECIPE = """\
 name: small
@@ -101,6 +103,24 @@ def test_conversations_packed_with_very_uneven_masks_pass(verify: Verify, tmp_pa
     assert found["mesh"].startswith("pipeline 2 x data 2 x tensor 2")
     assert found["loss_rel"] <= 1e-6
     assert found["missing_gradients"] == []
+
+
+def test_short_sequences_keep_answers_and_borders() -> None:
+    """What `verify` reads of long sequences: a row has its rare predicted tokens and a border, wherever they are."""
+    positions = torch.cat([torch.arange(50), torch.arange(40), torch.arange(10)]).repeat(4, 1)
+    labels = torch.full((4, 100), -100)
+    labels[0, 45:49] = labels[1, 20:23] = labels[2, 88] = 7
+    labels[3] = 7
+    found = verify_module._window(Batch(torch.arange(100).repeat(4, 1), labels, positions), 16)
+    assert (found.labels == 7).sum(1).tolist() == [4, 3, 1, 16]
+    assert (found.position_ids[:, 1:] == 0).any(1).tolist() == [True, False, True, True]
+    for row in range(4):
+        begin = int((found.position_ids[row] == 0).nonzero()[-1])
+        assert found.position_ids[row, begin:].tolist() == list(range(16 - begin))
+        assert found.position_ids[row, :begin].tolist() == list(range(begin))
+        assert found.input_ids[row].tolist() == list(
+            range(int(found.input_ids[row, 0]), int(found.input_ids[row, 0]) + 16)
+        )
 
 
 def test_a_pretrained_model_is_shrunk_whatever_else_its_config_holds(verify: Verify, tmp_path: Path) -> None:

@@ -157,12 +157,14 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     _same_on_every_rank("the data's fingerprint", dataset.fingerprint)
-    if block.rank == 0:
-        recorder.event("data", **dataset.facts)
     held_out = None
     if recipe.train.eval_every and (settings := held_out_settings(recipe.data)):
         held_out = prepare(settings, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
         _same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
+    if block.rank == 0:
+        for part, found in (("training", dataset), ("evaluation", held_out)):
+            if found is not None:
+                recorder.event("data", part=part, **found.facts)
     recorder.phase("data")
     blueprint, weights = prepared(recipe, blueprint)
     adapter = _adapter(recipe, blueprint)

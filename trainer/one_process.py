@@ -231,10 +231,19 @@ def _batches(recipe: Recipe, original: Recipe) -> list[Batch]:
 
 
 def _window(batch: Batch, length: int) -> Batch:
-    """Of each row, [n, T] -> [n, ``length``], those among which most are predicted: of a conversation, an answer."""
-    counts = F.pad((batch.labels != IGNORE).cumsum(1), (1, 0))
-    first = (counts[:, length:] - counts[:, :-length]).argmax(1, keepdim=True)
+    """Of each row, [n, T] -> [n, ``length``], a part with predicted tokens, as many as may be, and if it can be with a
+    document's beginning: in conversations both are rare."""
+
+    def held(flags: Tensor) -> Tensor:
+        """How many of these flags each part holds, by its first token: [n, T - length + 1]."""
+        counts = F.pad(flags.cumsum(1), (1, 0))
+        return counts[:, length:] - counts[:, :-length]
+
+    begins = batch.position_ids == 0
+    predicted = held(batch.labels != IGNORE)
+    inside = held(begins) > begins[:, : predicted.shape[1]].long()
+    first = ((predicted > 0) * (predicted + length * inside)).argmax(1, keepdim=True)
     index = first + torch.arange(length)
     ids, labels, positions = (part.gather(1, index) for part in (batch.input_ids, batch.labels, batch.position_ids))
-    cut = (positions == 0).cumsum(1) == 0  # of the document that the window begins inside
+    cut = (positions == 0).cumsum(1) == 0  # of the document that the part begins inside
     return Batch(ids, labels, torch.where(cut, torch.arange(length), positions))

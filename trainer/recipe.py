@@ -29,9 +29,6 @@ from cuboid.trainer.recipe_fields import (
 )
 from cuboid.trainer.recipe_lora import LoraSettings
 
-MIXTURE = 1024
-"""Sequences among which each entry of a mixture has exactly its share; weights are rounded to so many parts."""
-
 
 class ModelSettings(Settings):
     """What is trained: a pretrained model that goes on, or a config from scratch; exactly one of the two."""
@@ -67,6 +64,10 @@ class PrecisionSettings(Settings):
     """Type of activations and matrix products."""
     reduce: Number = "float32"
     """Type in which gradients are summed over data ranks."""
+
+
+MIXTURE = 1024
+"""Sequences among which each entry of a mixture has exactly its share; weights are rounded to so many parts."""
 
 
 class ColumnSettings(Settings):
