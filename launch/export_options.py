@@ -22,6 +22,7 @@ class Format(StrEnum):
     merged = "merged"
     int8 = "int8"
     int4 = "int4"
+    lowrank = "lowrank"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,9 @@ class ExportOptions:
     to: Annotated[
         Format,
         typer.Option(
-            help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4: the same, its weights rounded; of a "
-            "run with lora adapter: what PeftModel.from_pretrained loads, and merged: the whole model with it, as hf."
+            help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4: the same, its weights rounded; lowrank: "
+            "products of narrow layers, which cuboid alone reads; of a run with lora adapter: what "
+            "PeftModel.from_pretrained loads, and merged: the whole model with it, as hf."
         ),
     ] = Format.hf
     best: Annotated[
@@ -48,6 +50,14 @@ class ExportOptions:
         typer.Option(help="Text for the held-out loss before and after; default: the recipe's data.eval_path."),
     ] = None
     group_size: Annotated[int | None, typer.Option(min=1, help="int4: inputs that share a scale; default: 32.")] = None
+    rank: Annotated[int | None, typer.Option(min=1, help="lowrank: inner width of every product.")] = None
+    energy: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="lowrank: the share of each weight's squared singular values that is kept."),
+    ] = None
+    module: Annotated[
+        list[str] | None, typer.Option(help="lowrank: layers by their last name, as q_proj; give it again for another.")
+    ] = None
     head: Annotated[bool, typer.Option("--head", help="int8, int4: round the head too, if it is untied.")] = False
 
 

@@ -13,9 +13,12 @@ from cuboid.trainer.compress import Compressed, Method, compress
 from cuboid.trainer.export import Exported, export_hf
 
 _BELONGS_TO = {
-    "eval_path": (Format.int8, Format.int4),
+    "eval_path": (Format.int8, Format.int4, Format.lowrank),
     "group_size": (Format.int4,),
     "head": (Format.int8, Format.int4),
+    "rank": (Format.lowrank,),
+    "energy": (Format.lowrank,),
+    "module": (Format.lowrank,),
 }
 """Options that say something of some formats alone."""
 
@@ -29,7 +32,7 @@ def export(options: ExportOptions) -> None:
     """
     for name, formats in _BELONGS_TO.items():
         value = getattr(options, name)
-        if value not in (None, False) and options.to not in formats:
+        if value not in (None, False, []) and options.to not in formats:
             constraint = f"says nothing of --to {options.to}"
             remedy = f"leave it out, or use --to {' or '.join(formats)}"
             raise FieldError(f"--{name.replace('_', '-')}", value, constraint, remedy)
@@ -51,6 +54,10 @@ def export(options: ExportOptions) -> None:
 
 
 def _method(options: ExportOptions) -> Method:
+    if options.to is Format.lowrank:
+        from cuboid.trainer.low_rank import LowRank
+
+        return LowRank(rank=options.rank, energy=options.energy, modules=tuple(options.module or ()))
     from cuboid.trainer.quantize import GROUP_SIZE, Quantization
 
     return Quantization(

@@ -189,7 +189,7 @@ def test_what_cannot_be_is_told_in_words(tmp_path: Path) -> None:
             "--head=true cannot round this model's head, which is the embedding's own",
         ),
         (("tied", "--to", "int8", "--eval-path", "nowhere.txt"), "--eval-path=nowhere.txt does not exist"),
-        (("int8", "--to", "int4"), "the model is quantized already"),
+        (("int8", "--to", "int4"), "int8 was made smaller already; give the run"),
         (("gpt2", "--to", "int8"), "gpt2 keeps its matrices in other modules than linear layers; use --to hf"),
         (("nowhere", "--to", "int8"), "nowhere does not exist"),
         (("tied", "--to", "int8", "--out", str(tied)), "and its source"),

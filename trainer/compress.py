@@ -1,6 +1,6 @@
 """A finished model made smaller: the held-out loss before and after, the folder loaded again and compared.
 
-The one procedure of every method; what a method does with the weights is its own file (`quantize`).
+The one procedure of every method; what a method does with the weights is its own file (`quantize`, `low_rank`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from cuboid.trainer.model_folder import (
     is_model_folder,
     load_model,
     logits,
+    quietly,
     read_config,
+    refuse_compressed,
     weight_bytes,
 )
 from cuboid.trainer.out_folder import disk_errors_of, new_folder
@@ -77,6 +79,7 @@ def compress(
     """
     origin = source if is_model_folder(source) else inspection.resolve(source)
     with new_folder(out, source=origin, overwrite=overwrite) as folder, finished(source, beside=out) as model:
+        refuse_compressed(model.folder)
         config = read_config(model.folder)
         method.check(config)
         passage = _passage(model, eval_path, config)
@@ -84,7 +87,7 @@ def compress(
         smaller = method.apply(model.folder)
         after = measure(smaller, passage, model.folder) if passage else None
         expected, words = logits(smaller), tuple(method.words(smaller))
-        with disk_errors_of(out):
+        with disk_errors_of(out), quietly():
             method.save(smaller, folder)
             save_tokenizer(str(model.folder), folder, pretrained=None, max_tokens=None)
         del smaller

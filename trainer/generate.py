@@ -35,9 +35,10 @@ def generate(source: Path, prompt: str, decoding: Decoding, *, raw: bool = False
     """
     with tempfile.TemporaryDirectory() as place, finished(source, beside=Path(place) / "it") as found:
         model = load_model(found.folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            found.folder, local_files_only=True, trust_remote_code=False
-        )
+        with quietly():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                found.folder, local_files_only=True, trust_remote_code=False
+            )
         chat = tokenizer.chat_template is not None and not raw
         text = _as_message(tokenizer, prompt) if chat else prompt
         # a template writes its own begin of text

@@ -15,7 +15,7 @@ from cuboid.parallel.errors import FieldError
 from cuboid.parallel.loss import IGNORE, perplexity
 from cuboid.trainer.data import Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.model import Blueprint, find_parts, whole_masks
-from cuboid.trainer.model_folder import Config, Model
+from cuboid.trainer.model_folder import Config, Model, quietly
 from cuboid.trainer.recipe import DataSettings, Recipe
 from cuboid.trainer.tokenizer import PretrainedTokenizer
 from cuboid.trainer.tokens import cache_folder
@@ -66,7 +66,8 @@ class Passage:
             UserError: the text or the tokenizer cannot be read.
         """
         try:
-            tokenizer = PretrainedTokenizer(str(folder), field="tokenizer")
+            with quietly():
+                tokenizer = PretrainedTokenizer(str(folder), field="tokenizer")
             return prepare(self.data, tokenizer=tokenizer, seed=self.seed, cache=cache_folder())
         except FieldError as error:
             if error.field != "data.path":

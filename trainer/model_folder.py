@@ -16,6 +16,7 @@ from torch import Tensor
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
 from cuboid.trainer.export import Exported, export_hf, without_progress_bar
+from cuboid.trainer.low_rank_format import is_low_rank, load_low_rank, read_low_rank_config
 from cuboid.trainer.manifest import MANIFEST
 from cuboid.trainer.publish import discard
 from cuboid.trainer.recipe import Recipe, validated
@@ -72,6 +73,8 @@ def finished(source: Path, *, beside: Path) -> Iterator[Finished]:
 
 def read_config(folder: Path) -> Config:
     """The folder's config; raises UserError where transformers does not know it."""
+    if is_low_rank(folder):
+        return read_low_rank_config(folder)
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -84,6 +87,8 @@ def load_model(folder: Path, **changes: Any) -> Model:
     Raises:
         UserError: it cannot be loaded, or not every weight is in its files: transformers alone would draw it at random.
     """
+    if is_low_rank(folder):
+        return load_low_rank(folder)
     try:
         with quietly():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -115,6 +120,12 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def refuse_compressed(folder: Path) -> None:
+    """Raises UserError where the model was made smaller already: its weights are not those that it was trained with."""
+    if is_low_rank(folder) or getattr(read_config(folder), "quantization_config", None) is not None:
+        raise UserError(f"{folder} was made smaller already; give the run, or the folder that it was made of")
 
 
 def some_ids(config: Config) -> Tensor:

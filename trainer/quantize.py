@@ -39,8 +39,6 @@ class Quantization:
         """Raises FieldError where a matrix cannot be divided into groups, or what is asked for is not there."""
         with quietly():
             self._config()  # a missing torchao is told before anything is computed
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError("the model is quantized already; give the run, or the folder that it was made of")
         if self.head and getattr(config, "tie_word_embeddings", False):
             # left as it is in silence by transformers, or drawn at random where its untie_embedding_weights is set
             constraint = "cannot round this model's head, which is the embedding's own tensor"
@@ -59,8 +57,7 @@ class Quantization:
         return load_model(folder, quantization_config=settings)
 
     def save(self, model: Model, folder: Path) -> None:
-        with quietly():
-            model.save_pretrained(folder)
+        model.save_pretrained(folder)
 
     def load(self, folder: Path) -> Model:
         return load_model(folder)
