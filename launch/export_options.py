@@ -36,8 +36,8 @@ class ExportOptions:
     to: Annotated[
         Format,
         typer.Option(
-            help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4: the same, its weights rounded; lowrank: "
-            "products of narrow layers, which cuboid alone reads; of a run with lora adapter: what "
+            help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4: the same, its weights rounded; "
+            "lowrank: products of narrow layers, which cuboid alone reads; of a run with lora adapter: what "
             "PeftModel.from_pretrained loads, and merged: the whole model with it, as hf."
         ),
     ] = Format.hf

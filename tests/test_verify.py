@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from cuboid.launch import cli
 from cuboid.launch import verify as verification
 from cuboid.parallel import collectives, expert, gradients, tensor
-from cuboid.trainer import assemble, engine
-from cuboid.trainer import verify as verify_module
+from cuboid.trainer import assemble, engine, one_process
 from cuboid.trainer.data import Batch
 
 RECIPE = """\
@@ -111,7 +110,7 @@ def test_short_sequences_keep_answers_and_borders() -> None:
     labels = torch.full((4, 100), -100)
     labels[0, 45:49] = labels[1, 20:23] = labels[2, 88] = 7
     labels[3] = 7
-    found = verify_module._window(Batch(torch.arange(100).repeat(4, 1), labels, positions), 16)
+    found = one_process._window(Batch(torch.arange(100).repeat(4, 1), labels, positions), 16)
     assert (found.labels == 7).sum(1).tolist() == [4, 3, 1, 16]
     assert (found.position_ids[:, 1:] == 0).any(1).tolist() == [True, False, True, True]
     for row in range(4):
