@@ -9,7 +9,7 @@ PACKAGES := -p cuboid.parallel -p cuboid.trainer -p cuboid.recipes -p cuboid.lau
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 docstrings test test-full lint format types typing docs
+.PHONY: help install quickstart smollm2 docstrings finetune test test-full lint format types typing docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -39,6 +39,11 @@ docstrings: data/docstrings/train.jsonl ## data/docstrings: chat data out of Pyt
 
 data/docstrings/train.jsonl: recipes/prepare_docstrings.py | $(INSTALLED)
 	$(BIN)/python recipes/prepare_docstrings.py data/docstrings
+
+finetune: smollm2 docstrings ## adapters for SmolLM2-135M on docstrings, and its answers before and after; under 10 minutes
+	$(BIN)/cuboid train finetune
+	$(BIN)/cuboid export runs/finetune --to adapter --out runs/finetune/adapter --overwrite
+	$(BIN)/python recipes/compare_answers.py models/smollm2 runs/finetune/adapter data/docstrings/heldout.jsonl
 
 test: install ## a pairwise cover of everything, under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not full" $(ARGS)

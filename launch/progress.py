@@ -105,9 +105,13 @@ class Screen:
             sys.stdout.flush()
             Console(stderr=True, highlight=False).print(f"cuboid: {ending.words}", markup=False, soft_wrap=True)
             return
-        losses = [record["loss"] for record in read_metrics(self.folder) if isinstance(record.get("loss"), float)]
-        change = f", loss {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else ""
-        self.say(f"done: {self._steps} steps{change}")
+        records = read_metrics(self.folder)
+        first = [event for event in read_events(self.folder) if event["kind"] == "evaluation"]
+        changes = ""
+        for words, name, found in (("loss", "loss", records), ("held-out loss", "eval_loss", [*first, *records])):
+            losses = [record[name] for record in found if isinstance(record.get(name), float)]
+            changes += f", {words} {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else ""
+        self.say(f"done: {self._steps} steps{changes}")
 
 
 def told(event: Mapping[str, Any]) -> str | None:
@@ -119,6 +123,8 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"{event['part']} data: {event['left_out']}"
     if kind == "start" and event.get("step"):
         return f"going on after step {event['step']}"
+    if kind == "evaluation":
+        return f"held-out loss before training {event['eval_loss']:.4f} (perplexity {event['eval_perplexity']:,.2f})"
     if kind == "adapter":
         return _adapter_words(event)
     if kind == "checkpoint_refused":

@@ -164,6 +164,8 @@ def test_groups_of_data_ranks():
 def test_evaluation_needs_text_of_its_own():
     (line,) = complaints(recipe(train={"eval_every": 5}))
     assert line == "train.eval_every=5 has nothing to evaluate on; give data.eval_path, or use 0"
+    (line,) = complaints(recipe(train={"eval_first": True}))
+    assert line == "train.eval_first=true needs train.eval_every; use train.eval_every=1 or more, or false"
     (line,) = complaints(recipe(train={"eval_every": 5}, data={"eval_path": "gone.txt"}))
     assert line.startswith("data.eval_path=gone.txt does not exist")
 

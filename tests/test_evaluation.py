@@ -8,7 +8,7 @@ import pytest
 from cases import LEARNING_RATE, Case, ZeroCase
 from harness import run_ranks
 from parity import Reference, assembled, own_share, reference, relative
-from runs import STEPS, losses, recipe_on, run
+from runs import STEPS, events, losses, recipe_on, run
 
 from cuboid.trainer.runlog import read_metrics
 
@@ -58,13 +58,15 @@ def test_a_run_evaluates_held_out_text_on_any_mesh(tmp_path: Path) -> None:
     text = tmp_path / "held-out.txt"
     # 17 samples: two batches and one sample
     text.write_text("Deeds will not be less valiant because they are unpraised. " * 9)
-    changes = {"data": {"eval_path": str(text)}, "train": {"eval_every": 4, "eval_batches": 5}}
+    changes = {"data": {"eval_path": str(text)}, "train": {"eval_every": 4, "eval_first": True, "eval_batches": 5}}
     evaluated = {}
     for mesh, parallel in (("1x1x1", {}), ("2x2x1", {"schedule": "zbv"})):
         run(recipe_on(mesh, changes=changes, **parallel), tmp_path / mesh)
         records = read_metrics(tmp_path / mesh)
         evaluated[mesh] = {r["step"]: (r["eval_loss"], r["eval_tokens"]) for r in records if "eval_loss" in r}
-    assert list(evaluated["1x1x1"]) == [4, 8, STEPS]
+        (first,) = events(tmp_path / mesh, "evaluation")
+        evaluated[mesh][0] = (first["eval_loss"], first["eval_tokens"])
+    assert list(evaluated["1x1x1"]) == [4, 8, STEPS, 0]
     for step, (loss, tokens) in evaluated["1x1x1"].items():
         # each byte but the first is predicted, and the document's end; what fills the last batch is not
         assert tokens == len(text.read_bytes())

@@ -30,6 +30,9 @@ def data_errors(recipe: Recipe, vocab_size: int | None) -> Iterator[UserError]:
         vocab_size: the model's; None where there is no model, and tokenizer and template are not looked at.
     """
     data = recipe.data
+    if recipe.train.eval_first and not recipe.train.eval_every:
+        remedy = "use train.eval_every=1 or more, or false"
+        yield FieldError("train.eval_first", "true", "needs train.eval_every", remedy)
     if recipe.train.eval_every and data.eval_path is None:
         constraint = "has nothing to evaluate on"
         yield FieldError("train.eval_every", recipe.train.eval_every, constraint, "give data.eval_path, or use 0")

@@ -83,6 +83,9 @@ def train(recipe: Recipe, folder: Path) -> str | None:
     timeout = recipe.launch.timeout_seconds
     with connect(recipe.layout, timeout_seconds=timeout, device=device) as block, set_up(recipe, folder, block) as run:
         reason = None
+        if run.step == 0 and recipe.train.eval_first and run.held_out:
+            loss, tokens = evaluate(run, run.held_out)
+            run.recorder.evaluated_first(loss, tokens)
         while run.step < recipe.train.steps and reason is None:
             reason = _agreed_to_stop(run, train_step(run))
             if _save_is_due(run, last=reason is not None):

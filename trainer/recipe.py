@@ -250,6 +250,8 @@ class TrainSettings(Settings):
     """Steps between two messages to the tracker and the screen; metrics.jsonl has every step."""
     eval_every: CountOrZero = 0
     """Steps between two evaluations of the loss on data.eval_path, the last step always; 0: none."""
+    eval_first: bool = False
+    """Evaluate before the first step too."""
     eval_batches: Count = 8
     """Most global batches that an evaluation reads, the same ones each time."""
 

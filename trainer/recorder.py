@@ -152,6 +152,12 @@ class Recorder:
             self._draw(step, measured)
         return loss
 
+    def evaluated_first(self, loss: float, tokens: int) -> None:
+        """Tell the held-out loss before the first step."""
+        if self.block.rank == 0:
+            self.event("evaluation", step=0, eval_loss=loss, eval_perplexity=perplexity(loss), eval_tokens=tokens)
+        self._last = time.monotonic()
+
     def stopped(self, step: int, reason: str | None) -> None:
         """Tell that the run ended in order: done, or asked to stop."""
         if self.block.rank == 0:

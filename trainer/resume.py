@@ -17,6 +17,7 @@ MAY_DIFFER = (
     "runs",
     "train.log_every",
     "train.eval_every",
+    "train.eval_first",
     "train.eval_batches",
     "data.eval_path",
     "data.eval_split",
