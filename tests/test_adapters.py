@@ -84,6 +84,7 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path, capsys: p
     assert len(found["tensors"]) == 3 * len(names), "an adapter, two moments of each, and nothing of the base"
     assert found["facts"]["adapter"]["trained"] == sum(p.numel() for p in trained(blueprint.model).values())
 
+    assert "peft" in found["facts"]["versions"]
     print_inspection(changed)
     printed = capsys.readouterr().out
     trained_numbers = f"{found['facts']['adapter']['trained']:,}"
@@ -132,12 +133,12 @@ def test_transposed_linears_and_mixtures_are_exported_and_gone_on_from(tmp_path:
 @pytest.mark.full
 def test_a_run_with_dropout_goes_on_bit_for_bit_on_the_same_mesh(tmp_path: Path) -> None:
     base = pretrained(tmp_path / "base")
-    recipe = adapter_run(base, {"rank": 4, "dropout": 0.5}, "2x1x1", activation_checkpointing="full")
+    recipe = adapter_run(base, {"rank": 4, "dropout": 0.5}, activation_checkpointing="full")
     run(recipe, tmp_path / "whole")
     run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "broken")
     run(recipe, tmp_path / "broken")
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    run(adapter_run(base, {"rank": 4}, "2x1x1"), tmp_path / "without")
+    run(adapter_run(base, {"rank": 4}), tmp_path / "without")
     assert losses(tmp_path / "without")[-1] != losses(tmp_path / "whole")[-1]
 
 
