@@ -108,6 +108,7 @@ class Case:
     sequence: bool = True
     activation_checkpointing: str = "none"
     microbatches: int = 4
+    layers: int = 6
     frozen: str = "nothing"
     expert: int = 1
     capacity_factor: float | None = None
@@ -133,7 +134,7 @@ class Case:
 
     def recipe(self) -> Recipe:
         parallel = asdict(self)
-        config = model_config(parallel.pop("family"), parallel.pop("tied"))
+        config = model_config(parallel.pop("family"), parallel.pop("tied"), parallel.pop("layers"))
         parallel.pop("frozen")
         parallel.pop("capacity_factor")
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
@@ -160,6 +161,10 @@ class Case:
         )
 
 
+OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", "teacher", "prune", "lora")
+"""What of a case changes the numbers that are wanted of every mesh."""
+
+
 @dataclass(frozen=True)
 class ZeroCase(Case):
     """A mesh on which DeepSpeed runs data parallelism."""
@@ -173,11 +178,11 @@ class ZeroCase(Case):
         return f"zero{self.zero_stage}-{super().__str__()}" + f"-{self.offload}" * bool(self.offload)
 
 
-def model_config(family: str, tied: bool) -> dict[str, Any]:
+def model_config(family: str, tied: bool, layers: int = 6) -> dict[str, Any]:
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": layers,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "vocab_size": VOCABULARY,

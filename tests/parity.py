@@ -16,7 +16,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import CLIP, EPS, FROZEN, GLOBAL_BATCH, LEARNING_RATE, STEPS, TEACHING, TOKENS, VOCABULARY, Case
+from cases import (
+    CLIP,
+    EPS,
+    FROZEN,
+    GLOBAL_BATCH,
+    LEARNING_RATE,
+    OF_ONE_PROCESS,
+    STEPS,
+    TEACHING,
+    TOKENS,
+    VOCABULARY,
+    Case,
+)
 from harness import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -138,20 +150,16 @@ def plain_pruning(case: Case, trained: Mapping[str, nn.Parameter]) -> PlainPruni
     return PlainPruning(named, settings) if settings else None
 
 
+def reference(case: Case) -> Reference:
+    """What one process computes of a case, whatever its mesh; made once for all meshes."""
+    return _reference(Case(**{name: getattr(case, name) for name in OF_ONE_PROCESS}))
+
+
 @functools.cache
-def reference(
-    family: str,
-    tied: bool,
-    frozen: str = "nothing",
-    capacity_factor: float | None = None,
-    lora: str = "none",
-    teacher: str | None = None,
-    prune: str | None = None,
-) -> Reference:
+def _reference(case: Case) -> Reference:
     """Plain transformers, peft and torch: the whole model, the whole batch, clipped AdamW."""
-    case = Case(family=family, tied=tied, frozen=frozen, capacity_factor=capacity_factor, lora=lora, prune=prune)
     model, moe = one_process(case), case.recipe().moe
-    taught_by = AutoModelForCausalLM.from_pretrained(teacher) if teacher else None
+    taught_by = AutoModelForCausalLM.from_pretrained(case.teacher) if case.teacher else None
     balance = PlainBalance(model, moe) if moe else None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -188,10 +196,6 @@ def reference(
     for name, update in updates.items():
         assert update.norm() > 0, f"{name} does not move"
     return Reference(before, batches, losses, norms, gradients[0], updates)
-
-
-def expected_of(case: Case) -> Reference:
-    return reference(case.family, case.tied, case.frozen, case.capacity_factor, case.lora, case.teacher, case.prune)
 
 
 @dataclass(frozen=True)
@@ -367,13 +371,13 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
 
 def difference(case: Case, folder: Path | None = None) -> list[Difference]:
     """Of every rank; weights from ``folder``, where one is given."""
-    expected = expected_of(case)
+    expected = reference(case)
     return run_ranks(compare, case.world_size, case, expected, folder, timeout=120)
 
 
 def assert_same_numbers(case: Case, ranks: Iterable[Difference]) -> None:
     """Each rank's loss, gradient norm, gradients and updates are those of one process, within float rounding."""
-    expected = expected_of(case)
+    expected = reference(case)
     assert set().union(*(rank.seen for rank in ranks)) == set(expected.weights), "every parameter stands somewhere"
     for rank in ranks:
         assert not rank.missing, f"no gradient: {rank.missing}"

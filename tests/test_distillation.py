@@ -59,7 +59,7 @@ def test_mesh_equals_one_process(case: Case, teachers: dict[bool, str]) -> None:
 
 def test_a_teacher_whose_rows_are_mixed_up_is_found(teachers: dict[bool, str], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, 1, 1, teacher=teachers[False])
-    expected = reference(case.family, case.tied, teacher=case.teacher)
+    expected = reference(case)
     take = distillation.LogitsKept.take
     monkeypatch.setattr(distillation.LogitsKept, "take", lambda self: take(self).flip(0))
     ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
@@ -71,7 +71,7 @@ def test_a_teacher_of_which_each_rank_sees_its_own_words_is_found(
 ) -> None:
     """Each rank's softmax over its part of the vocabulary alone."""
     case = Case(1, 1, 2, teacher=teachers[False])
-    expected = reference(case.family, case.tied, teacher=case.teacher)
+    expected = reference(case)
     monkeypatch.setattr(distillation, "_log_softmax", lambda scores, group: scores.log_softmax(-1))
     ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
     assert max(rank.gradient for rank in ranks) > 1e-2

@@ -46,7 +46,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_loss_is_evaluated_as_it_is_trained_and_changes_nothing(case: Case) -> None:
-    arguments = (case, reference(case.family, case.tied))
+    arguments = (case, reference(case))
     for errors in run_ranks(evaluate_between_steps, case.world_size, *arguments, timeout=120):
         for evaluated, trained, norm in errors:
             assert evaluated <= 1e-5

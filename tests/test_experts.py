@@ -71,7 +71,7 @@ def one_process(family: str, tied: bool, capacity_factor: float | None) -> dict[
     """The measures of the first step, from what transformers' routers give to the whole batch."""
     recipe = Case(family=family, tied=tied, capacity_factor=capacity_factor).recipe()
     config = read_checked_config(recipe.model)
-    expected = reference(family, tied, capacity_factor=capacity_factor)
+    expected = reference(Case(family=family, tied=tied, capacity_factor=capacity_factor))
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(expected.weights, strict=False)
     model.tie_weights()

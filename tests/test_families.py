@@ -149,7 +149,7 @@ def tensor_refusal(family: str) -> str:
 
 def prove(case: Case, folder: Path) -> None:
     """The mesh against one process, from a folder in Hugging Face's format."""
-    expected = reference(case.family, case.tied)
+    expected = reference(case)
     model = AutoModelForCausalLM.from_config(read_checked_config(case.recipe().model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -48,10 +48,6 @@ EVERY = [
 ]
 
 
-def expected_of(case: Case) -> Reference:
-    return reference(case.family, case.tied, case.frozen)
-
-
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in EVERY)], ids=str)
 def test_what_is_trained_trains_as_in_one_process(case: Case) -> None:
     assert_same_numbers(case, difference(case))
@@ -105,14 +101,14 @@ def inputs_of_stages_without_gradient(patch: pytest.MonkeyPatch) -> None:
 def test_a_frozen_parameter_that_is_thawed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1, 1, 2, frozen="norms")
     thawed_by_tensor_parallelism(monkeypatch)
-    ranks = run_ranks(compare, case.world_size, case, expected_of(case), timeout=120)
+    ranks = run_ranks(compare, case.world_size, case, reference(case), timeout=120)
     assert all("model.norm.weight" in rank.touched for rank in ranks)
 
 
 def test_gradients_that_go_missing_behind_a_frozen_stage_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, 1, 1, "interleaved_zero_bubble", frozen="leading")
     inputs_of_stages_without_gradient(monkeypatch)
-    ranks = run_ranks(compare, case.world_size, case, expected_of(case), timeout=120)
+    ranks = run_ranks(compare, case.world_size, case, reference(case), timeout=120)
     assert any(rank.missing for rank in ranks)
 
 
@@ -149,7 +145,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path: Path) -> None:
         Case(2, 2, 1, "zbv", tied=True, frozen="leading"),
         Case(2, 1, 2, "1f1b", tied=True, frozen="leading"),
     )
-    expected = expected_of(saved_on)
+    expected = reference(saved_on)
     run_ranks(save_after_a_step, saved_on.world_size, saved_on, expected, tmp_path, timeout=120)
     for losses, updates in run_ranks(go_on, read_on.world_size, read_on, expected, tmp_path, timeout=120):
         assert max(losses) <= 1e-5

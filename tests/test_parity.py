@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import combinations, product
 from math import prod
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_longer_axes_equal_one_process(case: Case) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("case", [case for case in cells() if case not in COVER], ids=str)
 def test_every_cell_equals_one_process(case: Case) -> None:
-    assert_exact(case)
+    assert_exact(replace(case, layers=4))  # one on each stage at least; the cover above has uneven stages
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -244,7 +244,7 @@ def name_of(value: object) -> str:
 @pytest.mark.parametrize(("plant", "case", "shown"), SILENT, ids=name_of)
 def test_a_planted_fault_is_found(plant: Plant, case: Case, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: each of the field's silent mistakes is seen by it."""
-    expected = reference(case.family, case.tied)
+    expected = reference(case)
     plant(monkeypatch)  # before the ranks are forked: a name that is gone fails here
     ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
     found = {
@@ -262,7 +262,7 @@ def test_a_planted_fault_is_found(plant: Plant, case: Case, shown: str, monkeypa
 
 
 def test_a_gradient_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = reference("llama", False)
+    expected = reference(Case())
     gradient_of_nothing(monkeypatch)
     with pytest.raises(RanksFailed, match=r"not finite: model\.embed_tokens\.weight: nan"):
         run_ranks(compare, 1, Case(), expected, timeout=120)

@@ -119,7 +119,7 @@ def clipping_skipped(patch: pytest.MonkeyPatch) -> None:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_planted_fault_is_found(plant: Any, case: ZeroCase, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = reference(case.family, case.tied)
+    expected = reference(case)
     plant(monkeypatch)
     ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
     assert max(getattr(rank, shown) for rank in ranks) > {"gradient": 1e-4, "update": 2e-3}[shown]
@@ -170,7 +170,7 @@ def look_at_what_is_held(case: ZeroCase, expected: Reference) -> Held:
 def test_a_stage_divides_what_it_says(zero_stage: int, parameters: float, gradients: float) -> None:
     """An engine that divided nothing would compute the same numbers."""
     case = ZeroCase(1, 2, 1, zero_stage=zero_stage)
-    for held in run_ranks(look_at_what_is_held, 2, case, reference("llama", False), timeout=60):
+    for held in run_ranks(look_at_what_is_held, 2, case, reference(Case()), timeout=60):
         assert held.parameters == parameters
         assert held.gradients == gradients
         assert held.moments == pytest.approx(1 / 2, rel=1e-2)
@@ -192,7 +192,7 @@ def step_on_a_poisoned_gradient(case: ZeroCase, expected: Reference) -> tuple[st
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_what_is_not_finite_stops_before_the_update(zero_stage: int) -> None:
     case = ZeroCase(1, 2, 1, zero_stage=zero_stage)
-    for words, untouched in run_ranks(step_on_a_poisoned_gradient, 2, case, reference("llama", False), timeout=60):
+    for words, untouched in run_ranks(step_on_a_poisoned_gradient, 2, case, reference(Case()), timeout=60):
         assert words == "the gradient norm is nan, first on rank 0 in model.layers.3.mlp.down_proj.weight"
         assert untouched
 

@@ -49,7 +49,7 @@ def test_state_on_a_disk_equals_one_process(
     held = Counter[str]()
     for file in tmp_path.glob("parity-rank*/**/*.tensor.swp"):
         held[file.name.partition("-")[0]] += file.stat().st_size
-    whole = 4 * sum(weight.numel() for weight in reference("large", False).weights.values())
+    whole = 4 * sum(weight.numel() for weight in reference(Case(family="large")).weights.values())
     for moment in ("exp_avg", "exp_avg_sq"):
         assert held[moment] > (0.8 if group_elements else 1) * whole, (
             "an engine that kept all in memory would be exact too"
