@@ -10,7 +10,7 @@ import pytest
 from runs import recipe_on
 from typer.testing import CliRunner
 
-from cuboid.launch import cli
+from cuboid.launch import cli, local
 from cuboid.trainer import check_engine
 from cuboid.trainer.check_engine import compile_notice, engine_errors
 
@@ -223,3 +223,17 @@ def test_the_command_refuses_before_any_process(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not Path("runs").exists()
+
+
+def test_the_command_tells_of_the_compile_step_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    monkeypatch.setattr(check_engine, "_missing_tools", list)
+    monkeypatch.setattr(local, "launch", lambda recipe, folder: 1)  # no rank starts: it would compile for minutes
+    Path("text.txt").write_text("All that is gold does not glitter. " * 99)
+    Path("small.yaml").write_text(RECIPE)
+    overrides = ["parallel.pipeline=1", "parallel.offload=nvme", "parallel.offload_path=."]
+    done = CliRunner().invoke(cli.app, ["train", "small.yaml", *overrides])
+    assert f"minutes, once; the result stays in {tmp_path / 'built'}\n" in done.stdout

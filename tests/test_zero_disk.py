@@ -92,3 +92,15 @@ def test_what_is_loaded_is_saved_again(undisturbed: Path, tmp_path: Path) -> Non
     checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
     for differing in run_ranks(load_and_give_back, 2, on_disk(tmp_path, STEPS), checkpoint, timeout=60):
         assert not differing
+
+
+def test_moments_that_are_not_written_back_are_found(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuboid.trainer.zero import ZeroEngine
+
+    by_group = ZeroEngine._by_group
+    monkeypatch.setattr(ZeroEngine, "_by_group", lambda self, *, changed: by_group(self, changed=False))
+    checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
+    ranks = run_ranks(load_and_give_back, 2, on_disk(tmp_path, STEPS), checkpoint, timeout=60)
+    assert "optimizer.exp_avg.model.embed_tokens.weight" in set().union(*ranks)
