@@ -60,6 +60,15 @@ def test_documents_of_one_sequence_are_told_apart() -> None:
     assert "evaluation: 2 documents" in printed
 
 
+def test_a_mixtures_entries_are_counted_each_for_itself() -> None:
+    chats(Path("more.jsonl"), [said("1", "one"), said("2", "two")])
+    code, printed = data("data.path=[chat.jsonl, more.jsonl]", "data.weights=[1, 3]", "--show", "0")
+    assert code == 0
+    first, second = printed.splitlines()
+    assert first.startswith("training, entry 1 of data.path (25.0% of the sequences): 3 documents, ")
+    assert second.startswith("training, entry 2 of data.path (75.0% of the sequences): 2 documents, ")
+
+
 def test_in_colour_there_are_no_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -67,7 +67,8 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             before, _ = self._render(messages[:number], tools, prompt=True)
-            after, _ = self._render(messages[: number + 1], tools)
+            is_last = number + 1 == len(messages)
+            after = text if is_last else self._render(messages[: number + 1], tools)[0]
             if not (text.startswith(after) and after.startswith(before)):
                 raise UserError(
                     f"the chat template writes the beginning up to message {number + 1} otherwise when more follows, "
