@@ -31,6 +31,7 @@ DOORS = {
     "datasets": {"trainer/corpus.py"},
     "deepspeed": {"trainer/zero.py"},
     "huggingface_hub": {"trainer/model.py", "trainer/model_config.py"},
+    "lm_eval": {"trainer/tasks.py"},
     "matplotlib": {"trainer/timeline.py"},
     "pydantic": {"trainer/recipe.py"},
     "ray": {"launch/ray_group.py"},
@@ -68,7 +69,18 @@ DOORS = {
 }
 """The only files that may name a library or a call; everything else goes through them."""
 
-HEAVY = {"torch", "torchao", "transformers", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
+HEAVY = {
+    "torch",
+    "torchao",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "datasets",
+    "lm_eval",
+    "wandb",
+    "trackio",
+    "matplotlib",
+}
 
 
 def sources(*folders: str) -> list[Path]:
