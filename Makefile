@@ -9,7 +9,7 @@ PACKAGES := -p cuboid.parallel -p cuboid.trainer -p cuboid.recipes -p cuboid.lau
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 docstrings finetune test test-full lint format types typing docs
+.PHONY: help install quickstart smollm2 docstrings finetune test test-full test-disk lint format types typing docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -46,10 +46,13 @@ finetune: smollm2 docstrings ## adapters for SmolLM2-135M on docstrings, and its
 	$(BIN)/python recipes/compare_answers.py models/smollm2 runs/finetune/adapter data/docstrings/heldout.jsonl
 
 test: install ## a pairwise cover of everything, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not full" $(ARGS)
+	$(BIN)/python -m pytest -m "not full and not disk" $(ARGS)
 
-test-full: install smollm2 ## every cell
-	$(BIN)/python -m pytest $(ARGS)
+test-full: install smollm2 ## every cell, under 40 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not disk" $(ARGS)
+
+test-disk: install ## optimizer state on a disk, which needs g++, ninja and libaio's headers
+	$(BIN)/python -m pytest -m disk $(ARGS)
 
 lint: install ## ruff, its formatter, and spelling
 	$(BIN)/ruff check

@@ -17,6 +17,7 @@ from cuboid.launch.export_options import ExportOptions, takes
 
 _EXTRAS = {
     "datasets": "data",
+    "lm_eval": "eval",
     "matplotlib": "track",
     "peft": "lora",
     "ray": "ray",
@@ -195,14 +196,17 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Held-out text, given like data.path; default: the run's data.eval_path.")
     ] = None,
+    tasks: Annotated[
+        list[Path] | None, typer.Option(help="A task of your own: a YAML file in lm_eval's keys; again for another.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="How many sequences of --data; default: 32.")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Tokens in each; default: 512.")] = None,
 ) -> None:
-    """Measure a finished model's loss and perplexity on held-out text."""
+    """Measure a finished model on held-out text and on tasks of your own."""
     with told():
         from cuboid.launch.evaluate import evaluate
 
-        evaluate(source, data=data, samples=samples, length=length)
+        evaluate(source, data=data, tasks=tasks or (), samples=samples, length=length)
 
 
 @app.command()

@@ -79,7 +79,7 @@ def _say_compressed(options: ExportOptions, done: Compressed) -> None:
         where = f"{done.after.tokens:,} tokens of {done.passage.words}"
         print(f"held-out loss  {done.before} -> {done.after}, {where}")
     else:
-        print("held-out loss  not measured: no data.eval_path in the recipe; give --eval-path")
+        print("held-out loss  not measured: no text was held out (data.eval_path); name one with --eval-path")
     print(f"size           {megabytes(done.bytes_before)} -> {megabytes(done.bytes_after)}")
     print("\n".join(done.words))
     source = done.exported.checkpoint if done.exported else options.source

@@ -31,6 +31,7 @@ DOORS = {
     "datasets": {"trainer/corpus.py"},
     "deepspeed": {"trainer/zero.py"},
     "huggingface_hub": {"trainer/model.py", "trainer/model_config.py"},
+    "lm_eval": {"trainer/tasks.py"},
     "matplotlib": {"trainer/timeline.py"},
     "peft": {"recipes/compare_answers.py", "trainer/adapters.py"},
     "pydantic": {"trainer/recipe.py", "trainer/recipe_fields.py"},
@@ -72,7 +73,19 @@ DOORS = {
 }
 """The only files that may name a library or a call; everything else goes through them."""
 
-HEAVY = {"torch", "torchao", "transformers", "peft", "ray", "deepspeed", "datasets", "wandb", "trackio", "matplotlib"}
+HEAVY = {
+    "torch",
+    "torchao",
+    "transformers",
+    "peft",
+    "ray",
+    "deepspeed",
+    "datasets",
+    "lm_eval",
+    "wandb",
+    "trackio",
+    "matplotlib",
+}
 
 
 def sources(*folders: str) -> list[Path]:

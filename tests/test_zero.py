@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GLOBAL_BATCH, LEARNING_RATE, ZeroCase
+from cases import GLOBAL_BATCH, LEARNING_RATE, Case, ZeroCase
 from harness import run_ranks
 from parity import Reference, assert_same_numbers, compare, difference, reference
 from runs import STEPS, check_resumed, losses, recipe_on, run

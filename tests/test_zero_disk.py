@@ -1,6 +1,6 @@
 """The deepspeed engine's optimizer state on a disk: the numbers of one process, and checkpoints in and out.
 
-All of it needs the operator that DeepSpeed compiles, once, in about three minutes on two cores: `make test-full` alone.
+All of it needs the operator that DeepSpeed compiles, once, in about three minutes on two cores: `make test-disk` alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cases import ZeroCase
+from cases import Case, ZeroCase
 from harness import run_ranks
 from parity import assert_same_numbers, difference, reference
 from runs import STEPS, check_resumed, losses, recipe_on, run
@@ -21,7 +21,7 @@ from test_zero import load_and_give_back
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.recipe import Recipe
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.disk, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from cuboid.parallel.errors import FieldError
-from cuboid.trainer.model_folder import finished, load_model, quietly
+from cuboid.trainer.model_folder import finished, load_model, load_tokenizer, quietly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,7 @@ def generate(source: Path, prompt: str, decoding: Decoding, *, raw: bool = False
     """
     with tempfile.TemporaryDirectory() as place, finished(source, beside=Path(place) / "it") as found:
         model = load_model(found.folder)
-        with quietly():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                found.folder, local_files_only=True, trust_remote_code=False
-            )
+        tokenizer = load_tokenizer(found.folder)
         chat = tokenizer.chat_template is not None and not raw
         text = _as_message(tokenizer, prompt) if chat else prompt
         # a template writes its own begin of text

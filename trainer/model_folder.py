@@ -122,6 +122,19 @@ def quietly() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; no code of the folder is run.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        with quietly():
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} has no tokenizer: {_first_line(error)}") from error
+
+
 def refuse_compressed(folder: Path) -> None:
     """Raises UserError where the model was made smaller already: its weights are not those that it was trained with."""
     if is_low_rank(folder) or getattr(read_config(folder), "quantization_config", None) is not None:
