@@ -22,13 +22,18 @@ _TOLERANCE = 1e-4
 
 def check_family(config: transformers.PretrainedConfig) -> None:
     """Raises FieldError where stages would not compute what transformers computes for this config; milliseconds."""
+    small = shrink_config(config, tensor=1, layers=2 * len(layer_kinds(config)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # ranks may be forked from this process: a pool of threads would be gone in them
     try:
-        difference = _difference(shrink_config(config, tensor=1, layers=2 * len(layer_kinds(config))))
+        difference = _difference(small)
     except FieldError:
         raise
     except Exception as error:  # a family may fail in any way on a shape that it was not made for
         draw_blueprint(copy.deepcopy(config))  # which parts it has would be the better reason
         raise _refusal(config, f"cannot be tried on a small model ({error})") from error
+    finally:
+        torch.set_num_threads(threads)
     if not difference <= _TOLERANCE:  # NaN neither
         raise _refusal(config, f"computes something that stages leave out (a small model differs by {difference:.1e})")
 
