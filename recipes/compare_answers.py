@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,7 +35,7 @@ def prompts(path: Path, number: int) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def answer(model: torch.nn.Module, tokenizer: AutoTokenizer, prompt: str) -> str:
+def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     """The most likely answer, cut after `NEW_TOKENS`."""
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
