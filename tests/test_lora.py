@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cases import Case
 from harness import run_ranks
-from parity import assert_same_numbers, compare, difference, expected_of
+from parity import assert_same_numbers, compare, difference, reference
 
 from cuboid.parallel import tensor
 from cuboid.parallel.tensor import Role
@@ -40,6 +40,6 @@ def test_a_gradient_that_is_not_summed_over_tensor_ranks_is_found(monkeypatch: p
     case = Case(1, 1, 2, sequence=False, lora="all")
     forgotten = {**tensor._ADAPTER, Role.COLUMN: {"lora_A": Role.TOKENS, "lora_B": Role.COLUMN}}
     monkeypatch.setattr(tensor, "_ADAPTER", forgotten)
-    ranks = run_ranks(compare, case.world_size, case, expected_of(case), timeout=120)
+    ranks = run_ranks(compare, case.world_size, case, reference(case), timeout=120)
     assert all(rank.gradient > 1e-2 for rank in ranks)
     assert all(".lora_A." in rank.worst_gradient for rank in ranks)
