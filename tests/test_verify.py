@@ -169,13 +169,20 @@ def test_a_proven_family_passes(verify: Verify, family: str, values: dict[str, i
     assert family in printed
 
 
-@pytest.mark.parametrize("threads", [None, "4"])
-def test_ranks_do_not_wait_for_threads_of_the_process_that_forked_them(threads: str | None) -> None:
+LONE = ["parallel={}", "model.config.hidden_size=512", "train.steps=1", "checkpoint.every=0"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "threads"), [("verify", ["--shrink", "none"], None), ("train", LONE, "2")]
+)
+def test_ranks_do_not_wait_for_threads_of_the_process_that_forked_them(
+    command: str, arguments: list[str], threads: str | None
+) -> None:
     Path("small.yaml").write_text(RECIPE.format(family="llama"))
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {} if threads is None else {"OMP_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "cuboid.launch.cli", "verify", "small.yaml", "--shrink", "none"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    line = [sys.executable, "-m", "cuboid.launch.cli", command, "small.yaml", *arguments]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
