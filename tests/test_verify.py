@@ -290,7 +290,7 @@ def test_experts_in_bfloat16_are_compared_without_ties(verify: Verify, mesh: tup
     sizes = (f"parallel.pipeline={pipeline}", f"parallel.tensor={tensor_ranks}", f"seed={seed}")
     code, printed = verify(*IN_BFLOAT16, *sizes, family="mixtral")
     assert code == 0, printed
-    assert "bfloat16, each token to all experts, shrunk to 3 layers" in printed
+    assert "bfloat16, each token to all experts, shrunk to " in printed
 
 
 def gradients_left_where_the_expert_is(monkeypatch: pytest.MonkeyPatch) -> None:
