@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("conversations", type=Path)
     parser.add_argument("--number", type=int, default=3)
     arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     asked = prompts(arguments.conversations, arguments.number)
