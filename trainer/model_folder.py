@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
-from cuboid.trainer.export import Exported, export_hf, without_progress_bar
+from cuboid.trainer.export import Exported, export_hf, probe, without_progress_bar
 from cuboid.trainer.low_rank_format import is_low_rank, load_low_rank, read_low_rank_config
 from cuboid.trainer.manifest import MANIFEST
 from cuboid.trainer.publish import discard
@@ -141,16 +141,10 @@ def refuse_compressed(folder: Path) -> None:
         raise UserError(f"{folder} was made smaller already; give the run, or the folder that it was made of")
 
 
-def some_ids(config: Config) -> Tensor:
-    """[2, up to 64] token ids, the same each time, to compare logits on."""
-    tokens = min(64, getattr(config, "max_position_embeddings", 64))
-    return torch.randint(0, config.vocab_size, (2, tokens), generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
 def logits(model: Model) -> Tensor:
-    """[2, up to 64, V] of `some_ids`."""
-    return model(some_ids(model.config)).logits
+    """[2, up to 64, V], of the tokens on which exports are compared."""
+    return model(probe(model.config)).logits
 
 
 def check_equal(found: Tensor, expected: Tensor, folder: Path) -> None:
