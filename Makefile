@@ -7,6 +7,9 @@ INSTALLED := $(VENV)/.installed
 PACKAGES := -p cuboid.parallel -p cuboid.trainer -p cuboid.recipes -p cuboid.launch
 # More arguments for pytest, such as ARGS='-k layout'.
 ARGS ?=
+# Tests side by side; one whose subject is time has the machine alone (tests/conftest.py).
+WORKERS ?= 2
+SIDE_BY_SIDE = -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart smollm2 docstrings finetune test test-full test-disk lint format types typing docs
@@ -46,10 +49,10 @@ finetune: smollm2 docstrings ## adapters for SmolLM2-135M on docstrings, and its
 	$(BIN)/python recipes/compare_answers.py models/smollm2 runs/finetune/adapter data/docstrings/heldout.jsonl
 
 test: install ## a pairwise cover of everything, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not full and not disk" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not full and not disk" $(ARGS)
 
 test-full: install smollm2 ## every cell, under 40 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not disk" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not disk" $(ARGS)
 
 test-disk: install ## optimizer state on a disk, which needs g++, ninja and libaio's headers
 	$(BIN)/python -m pytest -m disk $(ARGS)

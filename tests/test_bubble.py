@@ -174,11 +174,13 @@ def slept():
     return sleep_through_schedules(0.05, 0.025, at_least=3, at_once=2)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sleeping_stages_are_measured_as_simulated(schedule, slept):
     assert_measured_as_simulated(schedule, slept[schedule], seconds=0.05, tolerance=0.025)
 
 
+@pytest.mark.alone
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_sleeping_stages_at_200_milliseconds():
@@ -337,6 +339,7 @@ def cost_of_measuring():
         return [(median_seconds(work, 1), median_seconds(measure, 15), median_seconds(int, 15)) for _ in range(4)]
 
 
+@pytest.mark.alone
 def test_timing_costs_less_than_one_percent_of_a_step():
     timer, calls = Timer(torch.device("cpu")), 2000
 

@@ -76,6 +76,7 @@ def wait_for_a_rank_that_sleeps() -> float:
         return waited
 
 
+@pytest.mark.alone
 @pytest.mark.full
 def test_no_group_waits_longer_than_the_time_out() -> None:
     waited = run_ranks(wait_for_a_rank_that_sleeps, 8, timeout=90)

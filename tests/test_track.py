@@ -303,6 +303,7 @@ def server(kind):
     half_dead.server_close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("kind", "cause"), [("silent", "does not answer (timed out)"), ("half dead", "context deadline exceeded")]
 )
