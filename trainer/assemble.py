@@ -23,6 +23,7 @@ from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_st
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.check_distill import teacher_recipe
+from cuboid.trainer.depth import name_in_folder
 from cuboid.trainer.engine import Engine, NativeEngine
 from cuboid.trainer.model import (
     DTYPES,
@@ -36,7 +37,7 @@ from cuboid.trainer.model import (
     seeded_tensors,
     tensor_plan,
 )
-from cuboid.trainer.model_config import config_of
+from cuboid.trainer.model_config import config_of, layers_in_folder
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.plans import stored_names
 from cuboid.trainer.prune import Pruner
@@ -206,9 +207,11 @@ def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
     anatomy, upcycled = blueprint.anatomy, recipe.moe is not None and recipe.moe.experts is not None
     shapes = {anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()}
     routers = {name for name in shapes if upcycled and f".{anatomy.router}." in name}
+    kept, layers = layers_in_folder(recipe.model), f"{anatomy.base}.{anatomy.layers}."
+    in_folder = {name: name_in_folder(name, kept, layers=layers) for name in shapes if name not in routers}
     stored = from_safetensors(
         local_folder(recipe.model.pretrained),
-        shapes={name: shape for name, shape in shapes.items() if name not in routers},
+        shapes={theirs: shapes[name] for name, theirs in in_folder.items()},
         base=anatomy.base,
         family=blueprint.config.model_type,
         dense=upcycled,
@@ -216,7 +219,10 @@ def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
     )
 
     def copy_into(name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:
-        (drawn if name in routers else stored)(name, part, target)
+        if name in routers:
+            drawn(name, part, target)
+        else:
+            stored(in_folder[name], part, target)
 
     return copy_into
 

@@ -85,6 +85,9 @@ def _recipe(checkpoint: Path, facts: dict[str, Any], *, merge: bool) -> tuple[Re
     if pretrained is None and not merge:
         words = "its frozen model was drawn from the seed and stands in no folder that an adapter could name"
         raise UserError(f"{checkpoint}: {words}; use --to merged")
+    if recipe.model.layers is not None and not merge:
+        words = f"its frozen model has some of the layers of {pretrained}, which an adapter could not say"
+        raise UserError(f"{checkpoint}: {words}; use --to merged")
     if pretrained is not None and fingerprint(local_folder(pretrained)) != facts["adapter"]["base"]:
         raise UserError(f"{checkpoint}: the model in {pretrained} is not the one that was trained on (other weights)")
     return recipe, LoraSettings.model_validate(facts["adapter"]["settings"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
+from cuboid.trainer.depth import kept_layers, shallower
 from cuboid.trainer.plans import USE_PROVEN
 from cuboid.trainer.recipe import ModelSettings, Recipe
 from cuboid.trainer.recipe_errors import nearest, shown
@@ -31,7 +32,16 @@ def read_checked_config(settings: ModelSettings) -> PretrainedConfig:
     if not hasattr(config, "num_hidden_layers"):
         constraint = "holds no layers of its own: it joins several models, as of text and images"
         raise FieldError("model.model_type", config.model_type, constraint, "use the text model alone")
+    if settings.layers is not None:
+        return shallower(config, kept_layers(settings.layers, config.num_hidden_layers))
     return config
+
+
+def layers_in_folder(settings: ModelSettings) -> Sequence[int]:
+    """Of each layer that is trained, its place among those of `model.pretrained`."""
+    assert settings.pretrained is not None
+    available = _from_pretrained(settings.pretrained).num_hidden_layers
+    return range(available) if settings.layers is None else kept_layers(settings.layers, available)
 
 
 _EXPERTS_OF = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails as ErrorDetails
 from pydantic_core import PydanticCustomError
 
 from cuboid.parallel.layout import BatchPlan, Layout
+from cuboid.trainer.recipe_distill import DistillSettings
 from cuboid.trainer.recipe_fields import (
     Count,
     CountOrZero,
@@ -37,6 +38,8 @@ class ModelSettings(Settings):
     """A local folder or a hub id with safetensors."""
     config: dict[str, Any] | None = None
     """Any transformers config as a mapping, with its model_type; weights are drawn from the seed."""
+    layers: Count | Annotated[tuple[CountOrZero, ...], Strict(False), Field(min_length=1)] | None = None
+    """Layers of pretrained that are kept: a list of their places, or how many, evenly spaced; null: all."""
     attention: Annotated[
         Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"], Offered(("auto", "eager", "sdpa"))
     ] = "auto"
@@ -52,6 +55,9 @@ class ModelSettings(Settings):
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             words = {"constraint": "has no model_type", "remedy": "write for example model_type: llama"}
             raise PydanticCustomError("cuboid", "no model_type", words | {"field": "config"})
+        if self.config is not None and self.layers is not None:
+            words = {"constraint": "chooses among the layers of pretrained, and config is given", "field": "layers"}
+            raise PydanticCustomError("cuboid", "no layers", words | {"remedy": "set config's own number of layers"})
         return self
 
 
@@ -181,17 +187,6 @@ class MoeSettings(Settings):
     """Step by which a bias on each expert's choice moves after each step towards an even load; 0: no bias."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     """In training an expert takes at most this many times its even share of a sequence's choices; null: all of them."""
-
-
-class DistillSettings(Settings):
-    """A teacher whose predictions the model learns beside the labels (Hinton et al., 2015)."""
-
-    teacher: Text
-    """A local folder or a hub id with safetensors: a model with the same vocabulary, on the same mesh, not trained."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides both models' logits before they are compared; above 1 the teacher's less likely tokens count more."""
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the teacher in the loss; the rest is the labels'."""
 
 
 class PruneSettings(Settings):

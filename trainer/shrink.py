@@ -8,14 +8,13 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.depth import BY_LAYER
 from cuboid.trainer.model_config import known_keys
 from cuboid.trainer.recipe import ModelSettings, Recipe
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
 
-_BY_LAYER = ("layer_types", "no_rope_layers")
-"""Keys of a config that hold a value for each layer."""
 _HEAD = 8
 _TOKENS = 16
 
@@ -61,7 +60,7 @@ def shrink_config(
 
 def layer_kinds(config: PretrainedConfig) -> list[Mapping[str, Any]]:
     """What the config says of single layers, once for each kind; one empty mapping where all are alike."""
-    said = {name: values for name in _BY_LAYER if (values := getattr(config, name, None))}
+    said = {name: values for name in BY_LAYER if (values := getattr(config, name, None))}
     kinds: list[Mapping[str, Any]] = []
     for layer in range(config.num_hidden_layers):
         kind = {name: values[layer] for name, values in said.items()}
