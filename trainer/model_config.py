@@ -17,6 +17,8 @@ from cuboid.trainer.recipe_errors import nearest, shown
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+BY_LAYER = ("layer_types", "no_rope_layers")
+"""Keys of a config that hold a value for each layer."""
 _HUB_SECONDS = 10
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

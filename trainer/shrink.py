@@ -8,14 +8,12 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from cuboid.trainer.check import virtual_stages
-from cuboid.trainer.model_config import known_keys
-from cuboid.trainer.recipe import ModelSettings, Recipe
+from cuboid.trainer.model_config import BY_LAYER, known_keys
+from cuboid.trainer.recipe import ModelSettings, PruneSettings, Recipe
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
 
-_BY_LAYER = ("layer_types", "no_rope_layers")
-"""Keys of a config that hold a value for each layer."""
 _HEAD = 8
 _TOKENS = 16
 
@@ -61,7 +59,7 @@ def shrink_config(
 
 def layer_kinds(config: PretrainedConfig) -> list[Mapping[str, Any]]:
     """What the config says of single layers, once for each kind; one empty mapping where all are alike."""
-    said = {name: values for name in _BY_LAYER if (values := getattr(config, name, None))}
+    said = {name: values for name in BY_LAYER if (values := getattr(config, name, None))}
     kinds: list[Mapping[str, Any]] = []
     for layer in range(config.num_hidden_layers):
         kind = {name: values[layer] for name, values in said.items()}
@@ -92,7 +90,7 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
             # the config has the experts that would have been made
             "moe": recipe.moe and recipe.moe.model_copy(update={"experts": None}),
             # what would be pruned later is pruned before the steps that are compared
-            "prune": recipe.prune and recipe.prune.model_copy(update={"begin_step": 1, "end_step": None}),
+            "prune": recipe.prune and _at_once(recipe.prune),
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),
@@ -108,6 +106,13 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
             ),
         }
     )
+
+
+def _at_once(settings: PruneSettings) -> PruneSettings:
+    update: dict[str, Any] = {"begin_step": 1, "end_step": None}
+    if settings.is_structured:  # of few heads, channels and layers half may always go
+        update |= {"ratio": max(settings.ratio, 0.5), "multiple": 1 if settings.method == "channels" else None}
+    return settings.model_copy(update=update)
 
 
 _NOT_VALUES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map")
