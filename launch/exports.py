@@ -69,6 +69,9 @@ def _method(options: ExportOptions) -> Method:
 
 def _say_exported(options: ExportOptions, done: Exported) -> None:
     _say_source(done)
+    if done.sizes:
+        before, after = map(megabytes, done.sizes)
+        print(f"size           {before} -> {after}, what was pruned as a whole is left out")
     print(f"{options.out}: made of {done.checkpoint}; loaded again, its logits differ by {done.difference:.1e} at most")
 
 

@@ -125,6 +125,9 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"going on after step {event['step']}"
     if kind == "evaluation":
         return f"held-out loss before training {event['eval_loss']:.4f} (perplexity {event['eval_perplexity']:,.2f})"
+    if kind == "prune" and "eval_loss_after" in event:
+        losses = f"held-out loss {event['eval_loss_before']:.4f} -> {event['eval_loss_after']:.4f}"
+        return f"pruned {event['zeros']:.1%} ({event['method']}) before step {event['step']}: {losses}"
     if kind == "adapter":
         return _adapter_words(event)
     if kind == "checkpoint_refused":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cuboid.parallel.collectives import enter
 
@@ -38,6 +39,14 @@ class Place:
         return DTensor.from_local(
             local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
+
+
+def owned_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds, one slice a dimension."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def place_of(parameter: Tensor) -> Place | None:

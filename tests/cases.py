@@ -71,7 +71,14 @@ BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 
 TEACHING = {"temperature": 2.0, "weight": 0.7}
 
-PRUNING: dict[str, dict[str, Any]] = {"magnitude": {"ratio": 0.7, "end_step": STEPS}, "2:4": {"begin_step": 2}}
+PRUNING: dict[str, dict[str, Any]] = {
+    "magnitude": {"ratio": 0.7, "end_step": STEPS},
+    "2:4": {"begin_step": 2},
+    "heads": {"ratio": 0.75, "end_step": STEPS},
+    "channels": {"ratio": 0.5, "end_step": STEPS, "multiple": 4},
+    # after the step whose gradients are compared: what computes for a layer that is gone has none
+    "layers": {"ratio": 0.5, "begin_step": 2, "end_step": STEPS},
+}
 
 FROZEN: dict[str, tuple[str, ...]] = {
     "nothing": (),

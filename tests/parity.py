@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ from cuboid.trainer.model import draw_blueprint, find_parts, whole_masks
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
-from cuboid.trainer.plain_pruning import PlainPruning
+from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWeights
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.structures import structures
 from cuboid.trainer.weights import from_full
 
 # gathering a whole parameter to look at it is allowed to be slow
@@ -137,17 +139,18 @@ def backward(
     count = int((batch.labels != IGNORE).sum())
     loss = loss / count
     (loss + balance.loss(batch.labels, count) if balance else loss).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    for name, gradient in gradients.items():  # an error relative to nothing would mean nothing
-        assert gradient.abs().max() > 0, f"{name} has no gradient"
-    return loss.item(), gradients
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def plain_pruning(case: Case, trained: Mapping[str, nn.Parameter]) -> PlainPruning | None:
-    """Of the weights of the linears in layers."""
+def plain_pruning(case: Case, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> PlainPruning | None:
+    """Of the weights of the linears in layers, or of structures in the layers."""
     settings = case.recipe().prune
+    if settings and settings.is_structured:
+        shapes = {name: parameter.shape for name, parameter in trained.items()}
+        layers = {f"model.layers.{index}": layer for index, layer in model.model.layers.named_children()}
+        return PlainStructures(trained, settings, structures(model.config, settings, shapes), layers)
     named = {name: p for name, p in trained.items() if re.search(r"\.(layers|h)\.", name) and p.dim() == 2}
-    return PlainPruning(named, settings) if settings else None
+    return PlainWeights(named, settings) if settings else None
 
 
 def reference(case: Case) -> Reference:
@@ -168,12 +171,12 @@ def _reference(case: Case) -> Reference:
         for wanted, decay in ((True, 0.1), (False, 0.0))
     ]
     adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS)
-    pruning = plain_pruning(case, trained)
+    pruning = plain_pruning(case, model, trained)
     losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
     for step, batch in enumerate(batches, start=1):
         if pruning:
-            pruning.begin(step)
+            pruning.begin(step, partial(logits_of, model, batch))
         loss, of_step = backward(model, batch, balance, taught_by)
         if pruning:
             pruning.mask_gradients()
@@ -193,6 +196,8 @@ def _reference(case: Case) -> Reference:
     # what is compared must be there: an error relative to nothing would mean nothing
     assert min(losses) > 0
     assert min(norms) > CLIP, f"a step that does not clip: {norms}"
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, f"{name} has no gradient"
     for name, update in updates.items():
         assert update.norm() > 0, f"{name} does not move"
     return Reference(before, batches, losses, norms, gradients[0], updates)
@@ -348,8 +353,9 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
         state = engine.tensors() if kept else {}
         touched = [name for name in state if name.startswith("optimizer.") and name.split(".", 2)[2] in kept]
         for step, batch in enumerate(expected.batches):
-            engine.prune(step + 1)
-            result = engine.backward(own_share(batch, engine.block))
+            mine = own_share(batch, engine.block)
+            engine.prune(step + 1, mine)
+            result = engine.backward(mine)
             losses.append(relative(result.loss, expected.losses[step]))
             norms.append(relative(result.grad_norm, expected.norms[step]))
             if step == 0:

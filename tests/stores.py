@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cuboid.parallel.data import replicate
 from cuboid.parallel.gradients import local
 from cuboid.parallel.layout import Layout
+from cuboid.parallel.local import owned_slices
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.checkpoint import Checkpointer
@@ -31,7 +32,6 @@ from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.publish import write_json
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.weights import owned_slices
 
 NUM_LAYERS = 6
 SHAPES: dict[str, tuple[int, ...]] = {"embedding": (32, 6)}

@@ -18,8 +18,10 @@ from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.pipeline import Loss, Pipeline
+from cuboid.parallel.pruning import Pruning
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
+from cuboid.parallel.structures import StructuredPruning
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.check_distill import teacher_recipe
@@ -33,6 +35,7 @@ from cuboid.trainer.model import (
     expert_counts,
     initialise_buffers,
     local_folder,
+    parameter_shapes,
     prunable,
     seeded_tensors,
     tensor_plan,
@@ -40,8 +43,9 @@ from cuboid.trainer.model import (
 from cuboid.trainer.model_config import config_of, layers_in_folder
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.plans import stored_names
-from cuboid.trainer.prune import Pruner
+from cuboid.trainer.prune import Pruner, StructurePruner
 from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.structures import structures
 from cuboid.trainer.teacher import Teacher
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
@@ -170,11 +174,17 @@ def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
 
 def _pruner(
     recipe: Recipe, block: Block, blueprint: Blueprint, parameters: Sequence[tuple[str, nn.Parameter]]
-) -> Pruner | None:
-    if recipe.prune is None:
+) -> Pruner | StructurePruner | None:
+    if (settings := recipe.prune) is None:
         return None
-    names = prunable(blueprint, recipe.prune.modules)
-    return Pruner(recipe.prune, [parameter for name, parameter in parameters if name in names], block)
+    if settings.is_structured:
+        units = structures(blueprint.config, settings, parameter_shapes(blueprint))
+        own = [(parameter, units.cuts[name]) for name, parameter in parameters if name in units.cuts]
+        return StructurePruner(
+            settings, units, StructuredPruning(own, groups=units.groups, units=units.units, block=block)
+        )
+    names = prunable(blueprint, settings.modules)
+    return Pruner(settings, Pruning([parameter for name, parameter in parameters if name in names], block))
 
 
 def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:
@@ -205,7 +215,7 @@ def initial_weights(recipe: Recipe, blueprint: Blueprint) -> CopyInto:
     if recipe.model.pretrained is None:
         return drawn
     anatomy, upcycled = blueprint.anatomy, recipe.moe is not None and recipe.moe.experts is not None
-    shapes = {anatomy.global_name(name): parameter.shape for name, parameter in blueprint.model.named_parameters()}
+    shapes = parameter_shapes(blueprint)
     routers = {name for name in shapes if upcycled and f".{anatomy.router}." in name}
     kept, layers = layers_in_folder(recipe.model), f"{anatomy.base}.{anatomy.layers}."
     in_folder = {name: name_in_folder(name, kept, layers=layers) for name in shapes if name not in routers}

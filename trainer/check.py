@@ -23,7 +23,7 @@ from cuboid.trainer.check_data import data_errors
 from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
-from cuboid.trainer.check_prune import prunable_errors, prune_errors
+from cuboid.trainer.check_prune import prunable_errors, prune_errors, structure_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
 if TYPE_CHECKING:
@@ -313,6 +313,7 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
         if recipe.prune is not None:
             found = prunable(blueprint, recipe.prune.modules)
             yield from prunable_errors(recipe, config, found, prunable(blueprint, None))
+            yield from structure_errors(recipe, blueprint)
         yield from target_errors(recipe, blueprint)
         if recipe.parallel.tensor > 1:
             yield from _attempt(lambda: tensor_plan(blueprint))[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING
 
 from cuboid.parallel.errors import FieldError
 from cuboid.trainer.recipe import Recipe
 
 if TYPE_CHECKING:
+    from cuboid.trainer.model import Blueprint
     from cuboid.trainer.model_config import PretrainedConfig
 
 _TRANSPOSED = ("gpt2",)
@@ -32,6 +34,12 @@ def prune_errors(recipe: Recipe) -> Iterator[FieldError]:
         if settings.last_step != settings.begin_step:
             constraint = "lets a share grow that prune.method=2:4 fixes"
             yield FieldError("prune.end_step", settings.end_step, constraint, "use null, or magnitude")
+    if settings.multiple is not None and settings.method != "channels":
+        constraint = f"says nothing of prune.method={settings.method}"
+        yield FieldError("prune.multiple", settings.multiple, constraint, "use null, or channels")
+    if settings.modules is not None and settings.is_structured:
+        constraint = f"names single modules, and prune.method={settings.method} takes what works together"
+        yield FieldError("prune.modules", ", ".join(settings.modules), constraint, "use null, or magnitude")
     if recipe.lora is not None:
         yield FieldError("prune", "{...}", "would change weights that lora leaves frozen", "use null, or lora=null")
     if recipe.parallel.engine == "deepspeed":
@@ -71,3 +79,33 @@ def prunable_errors(
         rest = sorted(there - {name for name, _ in uneven})
         remedy = f"use magnitude, or prune.modules of {', '.join(rest)}" if rest else "use magnitude"
         yield FieldError("prune.method", "2:4", constraint, remedy)
+
+
+def structure_errors(recipe: Recipe, blueprint: Blueprint) -> Iterator[FieldError]:
+    """Which heads, channels or layers the model cannot lose, or too few of them for the ratio."""
+    from cuboid.trainer.compact import fits
+    from cuboid.trainer.model import parameter_shapes
+    from cuboid.trainer.model_config import num_experts
+    from cuboid.trainer.structures import structures
+
+    settings, config = recipe.prune, blueprint.config
+    if settings is None or not settings.is_structured or num_experts(config):
+        return
+    shapes = parameter_shapes(blueprint)
+    try:
+        units = structures(config, settings, shapes)
+    except FieldError as error:
+        yield error
+        return
+    words = {"heads": f"key-value heads of this {config.model_type}", "channels": "channels of a layer"}
+    what = f"the {units.units} {words.get(units.method, units.method)}"
+    if len(units.counts) == 1:
+        constraint = f"finds no smaller config, whatever it takes of {what}"
+        yield FieldError("prune.method", units.method, constraint, "use magnitude")
+    elif (count := units.count(settings.ratio)) == 0:
+        least = units.counts[1]
+        constraint = f"takes none of {what}, of which at least {least} must go at once"
+        yield FieldError("prune.ratio", settings.ratio, constraint, f"use {ceil(1000 * least / units.units) / 1000:g}")
+    elif not fits(config, units, shapes, count):
+        constraint = f"cannot take heads of this {config.model_type}, whose norms read all heads at once"
+        yield FieldError("prune.method", units.method, constraint, "use channels or layers")

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -20,9 +22,11 @@ from cuboid.parallel.gradients import TiedWeights, clip, close_sums, local, squa
 from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
+from cuboid.parallel.stages import Stage
+from cuboid.parallel.structures import influence
 from cuboid.trainer.data import Batch
 from cuboid.trainer.optimizer import ShardedAdamW
-from cuboid.trainer.prune import Pruner
+from cuboid.trainer.prune import Pruner, StructurePruner
 from cuboid.trainer.teacher import Teacher
 
 
@@ -101,9 +105,10 @@ class Engine(ABC):
     def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on after ``step`` updates with the values that were loaded into what `tensors` gave."""
 
-    def prune(self, step: int) -> float | None:
-        """Before the step of this number: zero what is to be zero from now on, where the recipe says so. Returns the
-        share of zeros among what is pruned, and None where nothing was done."""
+    def prune(self, step: int, batch: Batch) -> float | None:
+        """Before the step of this number: zero what is to be zero from now on, where the recipe says so; ``batch`` is
+        this data rank's share of it, by which layers are judged. Returns the share of zeros among what is pruned, and
+        None where nothing was done."""
         return None
 
     def step(self, batch: Batch, *, learning_rate: float, told: Sequence[float] = ()) -> StepResult:
@@ -197,12 +202,14 @@ class NativeEngine(Engine):
 
     optimizer: ShardedAdamW
     clip_grad_norm: float | None
-    pruner: Pruner | None = None
+    pruner: Pruner | StructurePruner | None = None
     saves_frozen: bool = True
     """False where frozen parameters have their values from elsewhere: an adapter's base."""
 
-    def prune(self, step: int) -> float | None:
-        return self.pruner.prune(step) if self.pruner else None
+    def prune(self, step: int, batch: Batch) -> float | None:
+        stages = cast("list[Stage]", list(self.pipeline.modules.values()))
+        judge = partial(influence, stages, partial(self.evaluate, [batch]), self.block)
+        return self.pruner.prune(step, judge) if self.pruner else None
 
     def close_gradients(self) -> None:
         close_sums(parameter for _, parameter in self.parameters)

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
+from cuboid.trainer.compact import Compact, compact
 from cuboid.trainer.hf_layout import Tile, tiles
 from cuboid.trainer.manifest import MANIFEST, CheckpointError, read_manifest, steps
 from cuboid.trainer.out_folder import disk_errors_of, new_folder
+from cuboid.trainer.recipe import PruneSettings
 from cuboid.trainer.restore import faults_of, read_facts, read_tensors
 from cuboid.trainer.shards import DTYPES, encode_header
 from cuboid.trainer.tensor_table import ITEM_BYTES, TensorRecord, read_table
@@ -29,6 +31,8 @@ from cuboid.trainer.tokenizer import save_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-5
+CUT_TOLERANCE = 1e-4
+"""Where pruned parts are left out: sums of fewer numbers, the others zero, round otherwise."""
 _MODEL = "model."
 _BALANCE = "balance."
 _NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation", "_name_or_path")
@@ -44,6 +48,8 @@ class Exported:
     refused: tuple[str, ...]
     difference: float
     left_out: tuple[str, ...]
+    sizes: tuple[int, int] | None = None
+    """Bytes of the weights with and without what was pruned as a whole; None where nothing was."""
 
 
 def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Exported:
@@ -62,11 +68,14 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
         if facts["recipe"].get("lora"):
             raise UserError(f"{checkpoint} holds an adapter alone; use --to adapter, or --to merged for a whole model")
         config = trained_config(facts, weights)
+        stored, smaller = _without_pruned(weights, config, facts["recipe"])
         with disk_errors_of(out):
-            write_words(folder, config, facts["recipe"])
-            _write_weights(folder, weights, family=config.model_type, shard_bytes=shard_bytes)
-        difference = _difference(folder, weights, config)
-    return Exported(checkpoint, tuple(refused), difference, weights.left_out)
+            write_words(folder, smaller, facts["recipe"])
+            _write_weights(folder, stored, family=config.model_type, shard_bytes=shard_bytes)
+        limit = TOLERANCE if stored is weights else CUT_TOLERANCE
+        difference = _difference(folder, weights, config, limit)
+        sizes = None if stored is weights else (_bytes(weights), _bytes(stored))
+    return Exported(checkpoint, tuple(refused), difference, weights.left_out, sizes)
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,19 @@ def write_words(folder: Path, config: transformers.PretrainedConfig, recipe: Map
     save_tokenizer(recipe["data"]["tokenizer"], folder, pretrained=pretrained, max_tokens=limit)
 
 
-def _write_weights(folder: Path, weights: Weights, *, family: str, shard_bytes: int) -> None:
+def _without_pruned(
+    weights: Weights, config: transformers.PretrainedConfig, recipe: Mapping[str, Any]
+) -> tuple[Weights | Compact, transformers.PretrainedConfig]:
+    """What is stored: the model itself, or it without the heads, channels or layers that are pruned."""
+    settings = recipe.get("prune") and PruneSettings.model_validate(recipe["prune"])
+    return compact(weights, config, settings) if settings and settings.is_structured else (weights, config)
+
+
+def _bytes(weights: Weights | Compact) -> int:
+    return sum(record.bytes for record in weights.records.values())
+
+
+def _write_weights(folder: Path, weights: Weights | Compact, *, family: str, shard_bytes: int) -> None:
     """``model.safetensors``, or numbered ones of at most ``shard_bytes`` (or one tensor) with their index."""
     bundles: list[list[_Stored]] = []
     free = 0
@@ -166,8 +187,7 @@ def _write_weights(folder: Path, weights: Weights, *, family: str, shard_bytes: 
         _write_file(folder / file, weights, bundle)
         places |= dict.fromkeys((stored.tile.key for stored in bundle), file)
     if count > 1:
-        total = sum(record.bytes for record in weights.records.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": _bytes(weights)}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
@@ -184,7 +204,7 @@ class _Stored:
         return prod(self.tile.shape) * ITEM_BYTES[self.dtype]
 
 
-def _write_file(path: Path, weights: Weights, bundle: Sequence[_Stored]) -> None:
+def _write_file(path: Path, weights: Weights | Compact, bundle: Sequence[_Stored]) -> None:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for stored in bundle:
@@ -209,11 +229,11 @@ def probe(config: transformers.PretrainedConfig) -> Tensor:
 
 
 @torch.no_grad()
-def _difference(folder: Path, weights: Weights, config: transformers.PretrainedConfig) -> float:
+def _difference(folder: Path, weights: Weights, config: transformers.PretrainedConfig, limit: float) -> float:
     """Largest difference between the logits of the loaded folder and of the architecture filled from the checkpoint.
 
     Raises:
-        RunFailed: it is over 1e-5, or the architecture and the checkpoint do not have the same tensors.
+        RunFailed: it is over ``limit``, or the architecture and the checkpoint do not have the same tensors.
     """
     ids = probe(config)
     direct = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
@@ -226,8 +246,8 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
     with without_progress_bar():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True)
     difference = (loaded.eval()(ids).logits - expected).abs().max().item()
-    if not difference <= TOLERANCE:
-        words = f"its logits differ by {difference:.1e}, more than {TOLERANCE:.0e}"
+    if not difference <= limit:
+        words = f"its logits differ by {difference:.1e}, more than {limit:.0e}"
         raise RunFailed(f"{weights.path} was not exported: loaded again, {words}")
     return difference
 

@@ -105,7 +105,7 @@ def train_step(run: Run) -> StepResult:
     # every draw (dropout) is a function of seed, step and place, so that no generator state has to be saved
     torch.manual_seed(_seed(recipe.seed, step, *run.block.coordinate))
     batch = run.dataset.batch(recipe.batch_plan.samples(step, run.block.coordinate.data))
-    prune(run, step)
+    prune(run, step, batch)
     try:
         result = run.engine.step(batch, learning_rate=rate, told=[_wants_to_stop(run), *run.recorder.memory_by_rank()])
     except NotFinite as error:
@@ -124,17 +124,17 @@ def train_step(run: Run) -> StepResult:
     return result
 
 
-def prune(run: Run, step: int) -> None:
+def prune(run: Run, step: int, batch: Batch) -> None:
     """Before the step of this number, where the recipe says so; what it costs is evaluated the first and last time."""
     settings = run.recipe.prune
     if settings is None or not is_due(settings, step):
         return
     compared = run.held_out if step in (settings.begin_step, settings.last_step) else None
     losses = {"eval_loss_before": evaluate(run, compared)[0]} if compared else {}
-    share = run.engine.prune(step)
+    share = run.engine.prune(step, batch)
     losses |= {"eval_loss_after": evaluate(run, compared)[0]} if compared else {}
     if run.block.rank == 0:
-        run.recorder.event("prune", step=step, zeros=share, **losses)
+        run.recorder.event("prune", step=step, method=settings.method, zeros=share, **losses)
 
 
 def evaluate(run: Run, held_out: Dataset | Mixture) -> tuple[float, int]:

@@ -292,6 +292,12 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
 
 
+def parameter_shapes(blueprint: Blueprint) -> dict[str, torch.Size]:
+    """Of every parameter of the whole model, by global name."""
+    named = blueprint.model.named_parameters()
+    return {blueprint.anatomy.global_name(name): parameter.shape for name, parameter in named}
+
+
 def prunable(blueprint: Blueprint, modules: Sequence[str] | None) -> dict[str, torch.Size]:
     """Global name and shape of each weight that may be pruned: of the layers' linear modules, or of those that are
     called so. Everything with two dimensions in a layer is a linear's weight."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,21 @@ from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.assemble import prepared
 from cuboid.trainer.check_distill import teacher_recipe
 from cuboid.trainer.data import Batch, prepare
-from cuboid.trainer.model import Blueprint, draw_blueprint, prunable, seed_of, whole_masks, whole_model
+from cuboid.trainer.model import (
+    Blueprint,
+    draw_blueprint,
+    parameter_shapes,
+    prunable,
+    seed_of,
+    whole_masks,
+    whole_model,
+)
 from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
-from cuboid.trainer.plain_pruning import PlainPruning
+from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWeights
 from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.structures import structures
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
 from cuboid.trainer.weights import CopyInto, from_full
@@ -64,7 +74,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     masters = {name: nn.Parameter(weights[name].clone()) for name, p in model.named_parameters() if p.requires_grad}
     model.to(blueprint.compute)
     balance = PlainBalance(model, recipe.moe or MoeSettings())
-    pruning = _pruning(recipe, blueprint, masters)
+    pruning = _pruning(recipe, blueprint, masters, model)
     settings = recipe.optimizer
     groups = [
         {
@@ -79,7 +89,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     for step, batch in enumerate(batches, start=1):
         rows = recipe.batch_plan.microbatch_size
         if pruning:
-            pruning.begin(step)
+            pruning.begin(step, partial(_compute, blueprint, model, masters, batch))
         losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
         if pruning:
             pruning.mask_gradients()
@@ -165,11 +175,32 @@ def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | Non
     return taught
 
 
-def _pruning(recipe: Recipe, blueprint: Blueprint, masters: Mapping[str, nn.Parameter]) -> PlainPruning | None:
-    if recipe.prune is None:
+def _pruning(
+    recipe: Recipe, blueprint: Blueprint, masters: Mapping[str, nn.Parameter], model: nn.Module
+) -> PlainPruning | None:
+    if (settings := recipe.prune) is None:
         return None
-    names = prunable(blueprint, recipe.prune.modules)
-    return PlainPruning({name: masters[name] for name in names}, recipe.prune)
+    if settings.is_structured:
+        units = structures(blueprint.config, settings, parameter_shapes(blueprint))
+        stem = f"{blueprint.anatomy.base}.{blueprint.anatomy.layers}"
+        layers = {f"{stem}.{index}": layer for index, layer in model.get_submodule(stem).named_children()}
+        return PlainStructures(masters, settings, units, layers)
+    names = prunable(blueprint, settings.modules)
+    return PlainWeights({name: masters[name] for name in names}, settings)
+
+
+@torch.no_grad()
+def _compute(blueprint: Blueprint, model: nn.Module, masters: Mapping[str, nn.Parameter], batch: Batch) -> Tensor:
+    """Logits of the whole batch, by the masters as they are now."""
+    _copy(masters, model)
+    return _logits(model, blueprint, batch)
+
+
+@torch.no_grad()
+def _copy(masters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    copies = dict(model.named_parameters())
+    for name, parameter in masters.items():
+        copies[name].copy_(parameter)
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
@@ -191,10 +222,8 @@ def _backward(
     on copies of the masters in its own dtype, and their gradients are added up in float32. Experts are balanced beside
     the loss. ``teaching`` makes the loss of a teacher's."""
     count, total = int((batch.labels != IGNORE).sum()), 0.0
+    _copy(masters, model)
     copies = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in masters.items():
-            copies[name].copy_(parameter)
     for start in range(0, len(batch.labels), rows):
         part = slice(start, start + rows)
         some = Batch(batch.input_ids[part], batch.labels[part], batch.position_ids[part])

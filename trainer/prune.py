@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor
 
-from cuboid.parallel.mesh import Block
 from cuboid.parallel.pruning import Pruning
+from cuboid.parallel.structures import StructuredPruning
 from cuboid.trainer.recipe import PruneSettings
+from cuboid.trainer.structures import Structures
 
 
+@dataclass(frozen=True)
 class Pruner:
-    """Prunes ``parameters`` of this rank by the settings' course."""
+    """Prunes single weights of this rank by the settings' course."""
 
-    def __init__(self, settings: PruneSettings, parameters: Sequence[nn.Parameter], block: Block) -> None:
-        self.settings, self.pruning = settings, Pruning(parameters, block)
+    settings: PruneSettings
+    pruning: Pruning
 
-    def prune(self, step: int) -> float | None:
+    def prune(self, step: int, influence: Callable[[], Tensor]) -> float | None:
         """Before the step of this number (from 1); see `Engine.prune`."""
         if not is_due(self.settings, step):
             return None
@@ -28,6 +31,26 @@ class Pruner:
     def resume_at(self, step: int) -> None:
         """After ``step`` updates: what was pruned before stands as zeros in the weights."""
         self.pruning.begun = step >= self.settings.begin_step
+
+
+@dataclass(frozen=True)
+class StructurePruner:
+    """Prunes heads, channels or layers by the settings' course."""
+
+    settings: PruneSettings
+    structures: Structures
+    pruning: StructuredPruning
+
+    def prune(self, step: int, influence: Callable[[], Tensor]) -> float | None:
+        """As `Pruner.prune`; ``influence`` [layers] of the model as it is now, for which text has to be read."""
+        if not is_due(self.settings, step):
+            return None
+        scores = influence().view(1, -1) if self.settings.method == "layers" else self.pruning.squares()
+        return self.pruning.remove(scores, self.structures.count(ratio_before(self.settings, step)))
+
+    def resume_at(self, step: int) -> None:
+        if step >= self.settings.begin_step:
+            self.pruning.resume()
 
 
 def is_due(settings: PruneSettings, step: int) -> bool:

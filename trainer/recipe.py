@@ -190,12 +190,17 @@ class MoeSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """Weights of the layers' linear modules that are set to zero and stay so, while the others train on."""
+    """Weights of the layers' linear modules that are set to zero and stay so, while the others train on; heads,
+    channels and layers are left out of an export."""
 
-    method: Literal["magnitude", "2:4"] = "magnitude"
-    """magnitude: the smallest of all weights together; 2:4: the smaller two of each four neighbouring inputs."""
+    method: Literal["magnitude", "2:4", "heads", "channels", "layers"] = "magnitude"
+    """magnitude: the smallest of all weights together; 2:4: the smaller two of each four neighbouring inputs; heads:
+    key-value heads with their query heads, channels: features within the feed-forward, of each layer as many; layers:
+    those that change their input least."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the weights that is zero in the end; 2:4 has 0.5."""
+    """Share that is zero in the end, of the weights (2:4 has 0.5), or of the heads, channels or layers at most."""
+    multiple: Count | None = None
+    """channels: how many each layer keeps is a multiple of this; null: 32, as groups of rounded weights need."""
     begin_step: Count = 1
     """Step before which pruning begins; 1: before training."""
     end_step: Count | None = None
@@ -203,7 +208,12 @@ class PruneSettings(Settings):
     every: Count = 1
     """Steps between two prunings."""
     modules: Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)] | None = None
-    """Names of linear modules, such as q_proj; null: all in the layers."""
+    """magnitude and 2:4: names of linear modules, such as q_proj; null: all in the layers."""
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether what is pruned goes as a whole, so that an export leaves it out."""
+        return self.method in ("heads", "channels", "layers")
 
     @property
     def last_step(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.depth import BY_LAYER
 from cuboid.trainer.model_config import known_keys
-from cuboid.trainer.recipe import ModelSettings, Recipe
+from cuboid.trainer.recipe import ModelSettings, PruneSettings, Recipe
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
@@ -91,7 +91,7 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
             # the config has the experts that would have been made
             "moe": recipe.moe and recipe.moe.model_copy(update={"experts": None}),
             # what would be pruned later is pruned before the steps that are compared
-            "prune": recipe.prune and recipe.prune.model_copy(update={"begin_step": 1, "end_step": None}),
+            "prune": recipe.prune and _at_once(recipe.prune),
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),
@@ -107,6 +107,13 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
             ),
         }
     )
+
+
+def _at_once(settings: PruneSettings) -> PruneSettings:
+    update: dict[str, Any] = {"begin_step": 1, "end_step": None}
+    if settings.is_structured:  # of few heads, channels and layers half may always go
+        update |= {"ratio": max(settings.ratio, 0.5), "multiple": 1 if settings.method == "channels" else None}
+    return settings.model_copy(update=update)
 
 
 _NOT_VALUES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map")

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cuboid.parallel.errors import UserError
 from cuboid.parallel.gradients import local
+from cuboid.parallel.local import owned_slices
 from cuboid.trainer.hf_layout import Tile, tiles
 
 _PROBES, _PROBE_BYTES = 64, 2**16
@@ -33,14 +32,6 @@ def fill(parameters: Iterable[tuple[str, nn.Parameter]], copy_into: CopyInto) ->
     """Give every parameter's local shard its values. Names are global ones."""
     for name, parameter in parameters:
         copy_into(name, owned_slices(parameter), local(parameter))
-
-
-def owned_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank holds, one slice a dimension."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def from_full(read: Callable[[str], Tensor]) -> CopyInto:
