@@ -238,9 +238,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_engines_and_made_experts_are_refused() -> None:
     parallel = {"engine": "deepspeed", "zero_stage": 1}
-    recipe = recipe_with({"dora": True}, parallel={**parallel, "tensor": 2}, moe={"experts": 4})
+    recipe = recipe_with({}, parallel=parallel, moe={"experts": 4})
     fields = [error.field for error in lora_errors(recipe, runs_here=True)]
-    assert fields == ["parallel.engine", "lora.dora", "moe.experts"]
+    assert fields == ["parallel.engine", "moe.experts"]
     assert not [*lora_errors(recipe.model_copy(update={"lora": None}), runs_here=True)]
 
 

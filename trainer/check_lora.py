@@ -27,9 +27,6 @@ def lora_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         yield FieldError("lora", "{...}", "needs the package peft", "pip install 'cuboid[lora]', or use null")
     if recipe.parallel.engine == "deepspeed":
         yield FieldError("parallel.engine", "deepspeed", "is not proven with lora", "use native")
-    if recipe.lora.dora and recipe.parallel.tensor > 1:
-        constraint = f"takes the length of whole rows, which parallel.tensor={recipe.parallel.tensor} divides"
-        yield FieldError("lora.dora", "true", constraint, "use false, or parallel.tensor=1")
     if recipe.moe is not None and recipe.moe.experts is not None:
         constraint = "makes experts that lora leaves frozen, and so alike for ever"
         yield FieldError("moe.experts", recipe.moe.experts, constraint, "use null, or lora=null")
