@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Placement
 
@@ -21,9 +21,7 @@ from cuboid.parallel.collectives import gather_features
 from cuboid.parallel.local import local_parameters
 
 
-def apply_lengths(
-    module: nn.Module, group: ProcessGroup, *, cut: bool, gathered: bool, replicated_grad: Placement
-) -> None:
+def apply_lengths(module: Any, group: ProcessGroup, *, cut: bool, gathered: bool, replicated_grad: Placement) -> None:
     """Let peft's `DoraLinearLayer` compute on the parts that the tensor ranks hold, in place.
 
     Args:
@@ -36,10 +34,10 @@ def apply_lengths(
     def forward(
         x: Tensor,
         *,
-        lora_A: nn.Module,
-        lora_B: nn.Module,
+        lora_A: Any,
+        lora_B: Any,
         scaling: float,
-        base_layer: nn.Module,
+        base_layer: Any,
         base_result: Tensor | None = None,
         **_: Any,
     ) -> Tensor:

@@ -61,13 +61,15 @@ class Role(StrEnum):
 Plan = Mapping[str, Role]
 """Role of every module that holds parameters, by its name in the whole model with ``*`` for the layer's index; without
 adapters, whose own roles follow from it."""
-_PART = re.compile(r"\.(base_layer|lora_A|lora_B|lora_magnitude_vector|modules_to_save)(\.[^.]+)?$")
-"""What peft calls the parts of a linear with an adapter, and a module that is trained whole."""
+_PART = re.compile(r"(?:\.(base_layer|lora_A|lora_B|lora_magnitude_vector|modules_to_save)(\.[^.]+)?)+$")
+"""What peft calls the parts of a linear with an adapter, of experts with one for each of several parameters, and a
+module that is trained whole."""
 _ADAPTER: Mapping[Role, Mapping[str, Role]] = {
     Role.COLUMN: {"A": Role.HEADS, "B": Role.COLUMN, "magnitude_vector": Role.LENGTHS},
     Role.COLUMN_GATHERED: {"A": Role.HEADS, "B": Role.COLUMN_GATHERED, "magnitude_vector": Role.LENGTHS_GATHERED},
     Role.ROW: {"A": Role.ROW, "B": Role.TOKENS, "magnitude_vector": Role.LENGTHS_WHOLE},
     Role.ROW_CUT: {"A": Role.ROW_CUT, "B": Role.TOKENS, "magnitude_vector": Role.LENGTHS_WHOLE},
+    Role.EXPERTS: {"A": Role.EXPERTS, "B": Role.EXPERTS},
 }
 """Roles of the two matrices beside a linear of each role (y = W x + B A x: Hu et al. 2022, "LoRA", section 4.1),
 without peft's ``lora_``. Beside a column A [r, D] is whole and reads all tokens, and each rank's rows of B give a part

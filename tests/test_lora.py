@@ -15,6 +15,7 @@ CASES = [
     Case(2, 2, 2, "zbv", tied=True, shard=False, lora="some"),
     Case(2, 1, 2, "1f1b", "gpt2", lora="all"),  # transposed linears, a column gathered, a row cut
     Case(2, 1, 2, "gpipe", sequence=False, lora="whole"),
+    Case(1, 2, 2, family="qwen3_moe", expert=2, lora="experts"),
     Case(1, 2, 2, family="gpt2", activation_checkpointing="full", lora="dora"),
 ]
 EVERY = [
@@ -26,8 +27,11 @@ EVERY = [
     Case(1, 4, 1, shard=2, lora="all"),
     Case(2, 2, 1, "zbv", "qwen3", lora="dora"),
     Case(2, 1, 2, "1f1b", "llama", sequence=False, lora="dora"),
-    Case(1, 1, 4, family="phi3", lora="dora"),  # a column gathered and a row of whole tokens
+    Case(1, 1, 2, family="phi3", lora="dora"),  # a column gathered and a row of whole tokens
     Case(1, 2, 2, family="mixtral", expert=2, lora="all"),
+    Case(2, 2, 1, "zbv", "mixtral", lora="experts"),
+    Case(1, 2, 1, family="gpt_oss", expert=2, lora="experts"),  # transposed
+    Case(1, 2, 2, family="olmoe", activation_checkpointing="full", shard=False, lora="experts-only"),
     Case(2, 2, 1, "1f1b", "qwen3_moe", expert=2, lora="whole"),
 ]
 
