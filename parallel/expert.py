@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Shard
 
 from cuboid.parallel.collectives import exchange
-from cuboid.parallel.local import local_parameters, placed
+from cuboid.parallel.expert_adapters import divide_experts, local_experts, without_adapters
 from cuboid.parallel.stages import Stage
 
 
@@ -133,7 +132,7 @@ class ExpertLayer:
         self._expert_group, self._tensor_group = mesh.get_group(), routing.tensor_group
         self._share: Tensor | None = None
         self._logits: Tensor | None = None
-        self._compute = partial(_on_local_parameters, experts, experts.forward)
+        self._compute = partial(_on_local_parameters, experts, without_adapters(experts).forward)
         layer.forward = partial(self._layer, layer.forward)
         router.forward = partial(self._route, router.forward)
         experts.forward = self._experts
@@ -248,9 +247,7 @@ class Experts:
         mesh = self.mesh["expert"]
         for index, layer, experts, router in expert_modules(stage):
             if mesh.size() > 1:
-                for name, parameter in list(experts.named_parameters(recurse=False)):
-                    experts.register_parameter(name, placed(parameter, mesh, Shard(0)))
-                setattr(experts, "num_experts", self._num_experts // mesh.size())  # noqa: B010  transformers' own attribute
+                divide_experts(experts, mesh)
             self._layers.append(
                 ExpertLayer(layer, index, experts=experts, router=router, mesh=mesh, routing=self._routing)
             )
@@ -299,7 +296,7 @@ class _Attach(torch.autograd.Function):
 
 
 def _on_local_parameters(module: nn.Module, inner: Any, *args: Tensor) -> Tensor:
-    with local_parameters(module, Partial()):
+    with local_experts(module):
         return inner(*args)
 
 

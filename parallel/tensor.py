@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from cuboid.parallel.collectives import enter, gather_features, leave
+from cuboid.parallel.dora import apply_lengths
 from cuboid.parallel.local import local_parameters, placed
 
 
@@ -46,6 +48,12 @@ class Role(StrEnum):
     """Learned positions: replicated weight, this rank's tokens: ids [B, T] -> [B, t, D]."""
     HEAD = "head"
     """The vocabulary divided: [B, t, D] -> logits [B, T, V / ranks]."""
+    LENGTHS = "lengths"
+    """DoRA's lengths of a column's rows, divided with them."""
+    LENGTHS_GATHERED = "lengths_gathered"
+    """The same beside a column whose outputs are gathered."""
+    LENGTHS_WHOLE = "lengths_whole"
+    """Those of a row: of whole rows, of which each rank has a part."""
     EXPERTS = "experts"
     """Experts on the tokens of this rank: `expert` divides them, nothing is done here."""
 
@@ -53,18 +61,20 @@ class Role(StrEnum):
 Plan = Mapping[str, Role]
 """Role of every module that holds parameters, by its name in the whole model with ``*`` for the layer's index; without
 adapters, whose own roles follow from it."""
-_PART = re.compile(r"\.(base_layer|lora_A|lora_B|modules_to_save)(\.[^.]+)?$")
-"""What peft calls the parts of a linear with an adapter, and a module that is trained whole."""
+_PART = re.compile(r"(?:\.(base_layer|lora_A|lora_B|lora_magnitude_vector|modules_to_save)(\.[^.]+)?)+$")
+"""What peft calls the parts of a linear with an adapter, of experts with one for each of several parameters, and a
+module that is trained whole."""
 _ADAPTER: Mapping[Role, Mapping[str, Role]] = {
-    Role.COLUMN: {"lora_A": Role.HEADS, "lora_B": Role.COLUMN},
-    Role.COLUMN_GATHERED: {"lora_A": Role.HEADS, "lora_B": Role.COLUMN_GATHERED},
-    Role.ROW: {"lora_A": Role.ROW, "lora_B": Role.TOKENS},
-    Role.ROW_CUT: {"lora_A": Role.ROW_CUT, "lora_B": Role.TOKENS},
+    Role.COLUMN: {"A": Role.HEADS, "B": Role.COLUMN, "magnitude_vector": Role.LENGTHS},
+    Role.COLUMN_GATHERED: {"A": Role.HEADS, "B": Role.COLUMN_GATHERED, "magnitude_vector": Role.LENGTHS_GATHERED},
+    Role.ROW: {"A": Role.ROW, "B": Role.TOKENS, "magnitude_vector": Role.LENGTHS_WHOLE},
+    Role.ROW_CUT: {"A": Role.ROW_CUT, "B": Role.TOKENS, "magnitude_vector": Role.LENGTHS_WHOLE},
+    Role.EXPERTS: {"A": Role.EXPERTS, "B": Role.EXPERTS},
 }
-"""Roles of the two matrices beside a linear of each role (y = W x + B A x: Hu et al. 2022, "LoRA", section 4.1). Beside
-a column A [r, D] is whole and reads all tokens, and each rank's rows of B give a part of its gradient. Beside a row A
-is cut as W is, [B, T, F] -> partial sums -> [B, t, r], so that r numbers of a token travel, and B [D, r] is whole and
-reads this rank's tokens."""
+"""Roles of the two matrices beside a linear of each role (y = W x + B A x: Hu et al. 2022, "LoRA", section 4.1),
+without peft's ``lora_``. Beside a column A [r, D] is whole and reads all tokens, and each rank's rows of B give a part
+of its gradient. Beside a row A is cut as W is, [B, T, F] -> partial sums -> [B, t, r], so that r numbers of a token
+travel, and B [D, r] is whole and reads this rank's tokens. DoRA's lengths are those of the rows of W: see `dora`."""
 
 
 def apply_tensor_parallel(stage: nn.Module, mesh: DeviceMesh, plan: Plan, *, sequence: bool = True) -> None:
@@ -106,12 +116,12 @@ def _role(plan: Plan, name: str) -> Role:
     role = plan.get(pattern(adapted(name)))
     assert role is not None, f"no tensor-parallel role for {name}"
     part = _PART.search(name)
-    return _ADAPTER[role][part[1]] if part and part[1].startswith("lora_") else role
+    return _ADAPTER[role][part[1].removeprefix("lora_")] if part and part[1].startswith("lora_") else role
 
 
 def _placements(role: Role, module: nn.Module, parameter: str) -> Placement:
     outputs, inputs = (1, 0) if _is_transposed(module) and parameter == "weight" else (0, 1)
-    if role in (Role.COLUMN, Role.COLUMN_GATHERED, Role.EMBEDDING, Role.HEAD):
+    if role in (Role.COLUMN, Role.COLUMN_GATHERED, Role.EMBEDDING, Role.HEAD, Role.LENGTHS, Role.LENGTHS_GATHERED):
         return Shard(outputs)
     if role in (Role.ROW, Role.ROW_CUT) and parameter == "weight":
         return Shard(inputs)
@@ -214,6 +224,11 @@ def _head(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
     _enter_block(module, mesh, sequence)
 
 
+def _lengths(module: nn.Module, mesh: DeviceMesh, sequence: bool, *, cut: bool = False, gathered: bool = False) -> None:
+    grad = Partial() if sequence else Replicate()
+    apply_lengths(module, mesh.get_group(), cut=cut, gathered=gathered, replicated_grad=grad)
+
+
 def _enter_block(block: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
     """Exchange the hidden states once at the door of a block, however many column linears read them."""
     group = mesh.get_group()
@@ -237,4 +252,7 @@ _WRAP: Mapping[Role, Callable[[nn.Module, DeviceMesh, bool], None]] = {
     Role.EMBEDDING: _embedding,
     Role.POSITIONS: _positions,
     Role.HEAD: _head,
+    Role.LENGTHS: _lengths,
+    Role.LENGTHS_GATHERED: partial(_lengths, gathered=True),
+    Role.LENGTHS_WHOLE: partial(_lengths, cut=True),
 }

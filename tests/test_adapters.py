@@ -104,6 +104,7 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path, capsys: p
         export_hf(changed, tmp_path / "hf")
     check_refused_exports(tmp_path, base, changed)
     check_continued(tmp_path, base, adapter)
+    check_of_another_model(tmp_path, adapter)
     other = load_file(Path(base) / "model.safetensors")
     other["model.norm.weight"] += 1
     save_file(other, Path(base) / "model.safetensors", metadata={"format": "pt"})
@@ -111,6 +112,29 @@ def test_a_run_goes_on_on_another_mesh_and_is_exported(tmp_path: Path, capsys: p
         export_adapter(changed, tmp_path / "again")
     with pytest.raises(AssertionError, match="is not the one whose adapter step-00000004 holds"):
         run(adapter_run(base, LORA, "1x1x1"), changed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_go_on_elsewhere_and_are_exported(tmp_path: Path, family: str) -> None:
+    """Divided over two ranks and then whole, the same losses; peft itself loads them, merged is the same model, and a
+    run that goes on from them begins with what they compute."""
+    base, whole, changed = pretrained(tmp_path / "base", family), tmp_path / "whole", tmp_path / "changed"
+    lora = {"rank": 3, "targets": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    run(adapter_run(base, lora), whole)
+    first = adapter_run(base, lora, "1x2x1", expert=2)
+    run(first.model_copy(update={"train": first.train.model_copy(update={"steps": 2})}), changed)
+    run(adapter_run(base, lora, "2x1x1"), changed)
+    for one, other in zip(losses(whole), losses(changed), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    assert not inspection.inspect(changed)["facts"]["adapter"]["frozen_experts"]
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert export_adapter(changed, adapter).difference <= 1e-5
+    assert export_adapter(changed, merged, merge=True).difference <= 1e-4
+    of_peft = logits(PeftModel.from_pretrained(loaded(base), adapter))
+    assert torch.allclose(of_peft, logits(loaded(merged)), atol=1e-5)
+    assert (of_peft - logits(loaded(base))).abs().max() > 1e-3, "nothing was trained"
+    check_continued(tmp_path, base, adapter)
 
 
 @pytest.mark.full
@@ -171,7 +195,10 @@ def check_continued(tmp_path: Path, base: str, adapter: Path) -> None:
     for name, parameter in adapted.model.named_parameters():
         target = torch.empty(parameter.shape)
         read(name, tuple(slice(0, size) for size in parameter.shape), target)
-        assert torch.equal(target, values[name]), name
+        assert torch.equal(target, values[name].view(target.shape)), name
+
+
+def check_of_another_model(tmp_path: Path, adapter: Path) -> None:
     other = adapter_run(pretrained(tmp_path / "other", "qwen3"), {"adapter": str(adapter)})
     (error,) = target_errors(other, draw_blueprint(read_checked_config(other.model)))
     assert error.field == "lora.adapter"
@@ -205,6 +232,24 @@ def recipe_with(lora: dict[str, Any], **changes: Any) -> Recipe:
             "lora.targets=gate_proj is no linear in a layer of this qwen3_moe; use all-linear, or k_proj",
         ),
         ("mixtral", {"modules_to_save": ["gate"]}, "lora.modules_to_save=gate is no module with weights of its own"),
+        (
+            "mixtral",
+            {"target_parameters": ["experts.up_proj"]},
+            "lora.target_parameters=experts.up_proj is no parameter of fused experts of this mixtral; "
+            "use experts.down_proj or experts.gate_up_proj",
+        ),
+        (
+            "mixtral",  # peft would take the router and each norm for one
+            {"target_parameters": ["weight"]},
+            "lora.target_parameters=weight is no parameter of fused experts of this mixtral",
+        ),
+        ("llama", {"target_parameters": ["experts.down_proj"]}, "lora.target_parameters=experts.down_proj is no"),
+        (
+            "mixtral",
+            {"target_parameters": ["experts.down_proj"], "dropout": 0.1},
+            "lora.dropout=0.1 is nothing that peft computes beside fused experts (lora.target_parameters); use 0",
+        ),
+        ("mixtral", {"target_parameters": ["experts.down_proj"], "dora": True}, "lora.dora=true is nothing that peft"),
         ("llama", {"adapter": "nowhere"}, "lora.adapter=nowhere has no adapter_config.json; give a folder that peft's"),
         ("llama", {"adapter": "nowhere", "rank": 3}, "lora.rank=3 stands beside lora.adapter=nowhere"),
     ],
@@ -238,16 +283,16 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_engines_and_made_experts_are_refused() -> None:
     parallel = {"engine": "deepspeed", "zero_stage": 1}
-    recipe = recipe_with({"dora": True}, parallel={**parallel, "tensor": 2}, moe={"experts": 4})
+    recipe = recipe_with({}, parallel=parallel, moe={"experts": 4})
     fields = [error.field for error in lora_errors(recipe, runs_here=True)]
-    assert fields == ["parallel.engine", "lora.dora", "moe.experts"]
+    assert fields == ["parallel.engine", "moe.experts"]
     assert not [*lora_errors(recipe.model_copy(update={"lora": None}), runs_here=True)]
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"target_parameters": ["experts.down_proj"]}, "uses target_parameters, which is not offered"),
+        ({"target_parameters": ["experts.down_proj"]}, "experts.down_proj is no parameter of fused experts of this"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa, which changes the model itself"),
         ({"peft_type": "IA3"}, "uses peft_type=IA3"),
         ({"target_modules": ".*_proj"}, "cannot be gone on from"),

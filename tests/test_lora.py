@@ -15,7 +15,8 @@ CASES = [
     Case(2, 2, 2, "zbv", tied=True, shard=False, lora="some"),
     Case(2, 1, 2, "1f1b", "gpt2", lora="all"),  # transposed linears, a column gathered, a row cut
     Case(2, 1, 2, "gpipe", sequence=False, lora="whole"),
-    Case(2, 1, 1, family="qwen3", activation_checkpointing="full", lora="dora"),
+    Case(1, 2, 2, family="qwen3_moe", expert=2, lora="experts"),
+    Case(1, 2, 2, family="gpt2", activation_checkpointing="full", lora="dora"),
 ]
 EVERY = [
     Case(2, 2, 1, "interleaved_zero_bubble", "qwen3", lora="biases"),
@@ -25,7 +26,12 @@ EVERY = [
     Case(2, 1, 2, "zbv", "gemma2", lora="whole"),
     Case(1, 4, 1, shard=2, lora="all"),
     Case(2, 2, 1, "zbv", "qwen3", lora="dora"),
+    Case(2, 1, 2, "1f1b", "llama", sequence=False, lora="dora"),
+    Case(1, 1, 2, family="phi3", lora="dora"),  # a column gathered and a row of whole tokens
     Case(1, 2, 2, family="mixtral", expert=2, lora="all"),
+    Case(2, 2, 1, "zbv", "mixtral", lora="experts"),
+    Case(1, 2, 1, family="gpt_oss", expert=2, lora="experts"),  # transposed
+    Case(1, 2, 2, family="olmoe", activation_checkpointing="full", shard=False, lora="experts-only"),
     Case(2, 2, 1, "1f1b", "qwen3_moe", expert=2, lora="whole"),
 ]
 
@@ -38,7 +44,7 @@ def test_adapters_train_as_in_one_process(case: Case) -> None:
 def test_a_gradient_that_is_not_summed_over_tensor_ranks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A beside a column, with the part of its gradient that comes through this rank's rows of B taken for the whole."""
     case = Case(1, 1, 2, sequence=False, lora="all")
-    forgotten = {**tensor._ADAPTER, Role.COLUMN: {"lora_A": Role.TOKENS, "lora_B": Role.COLUMN}}
+    forgotten = {**tensor._ADAPTER, Role.COLUMN: {"A": Role.TOKENS, "B": Role.COLUMN}}
     monkeypatch.setattr(tensor, "_ADAPTER", forgotten)
     ranks = run_ranks(compare, case.world_size, case, reference(case), timeout=120)
     assert all(rank.gradient > 1e-2 for rank in ranks)

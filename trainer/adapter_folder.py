@@ -19,6 +19,7 @@ _OURS = {
     "use_rslora": "rslora",
     "target_modules": "targets",
     "modules_to_save": "modules_to_save",
+    "target_parameters": "target_parameters",
 }
 """peft's keys and the recipe's."""
 _WITHOUT_EFFECT = (

@@ -47,7 +47,7 @@ def adapt(recipe: Recipe, blueprint: Blueprint, weights: CopyInto) -> tuple[Blue
     adapted = with_adapters(blueprint, settings)
     drawn = from_full(lambda name: _drawn(adapted, name, settings, seed=recipe.seed))
     lengths = from_full(lambda name: _lengths(adapted, name, weights))
-    stored = settings.adapter and from_file(_file(settings.adapter), stored_name)
+    stored = settings.adapter and _from_adapter(_file(settings.adapter), adapted.model)
     of_adapter = trained(adapted.model).keys()
 
     def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
@@ -67,7 +67,7 @@ def misfits(blueprint: Blueprint, settings: LoraSettings) -> list[str]:
     """In what the adapter that is gone on from is not one of this model, in words."""
     assert settings.adapter is not None
     needed = {
-        stored_name(name): list(parameter.shape)
+        stored_name(name): list(_stored_shape(parameter))
         for name, parameter in trained(with_adapters(blueprint, settings).model).items()
     }
     found = shapes_in(_file(settings.adapter))
@@ -82,6 +82,27 @@ def misfits(blueprint: Blueprint, settings: LoraSettings) -> list[str]:
 
 def _file(folder: str) -> Path:
     return Path(folder).expanduser() / TENSORS
+
+
+def _from_adapter(path: Path, model: nn.Module) -> CopyInto:
+    """A saved adapter's values for the parameters of ``model`` that are trained."""
+    stored = from_file(path, stored_name)
+
+    def copy_into(name: str, part: tuple[slice, ...], target: Tensor) -> None:
+        shape = _stored_shape(parameter := model.get_parameter(name))
+        if shape == parameter.shape:
+            stored(name, part, target)
+        else:  # of experts: another shape of the same numbers
+            whole = torch.empty(shape)
+            stored(name, tuple(slice(0, size) for size in shape), whole)
+            target.copy_(whole.view(parameter.shape)[part])
+
+    return copy_into
+
+
+def _stored_shape(parameter: Tensor) -> torch.Size:
+    """What peft saves: of fused experts' B [F, r, E] the matrix [F, r E]."""
+    return parameter.shape if parameter.dim() < 3 else parameter.flatten(1).shape
 
 
 def with_adapters(blueprint: Blueprint, settings: LoraSettings) -> Blueprint:
@@ -99,6 +120,20 @@ def inject(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> None:
     for module in model.modules():
         if isinstance(module, peft.utils.ModulesToSaveWrapper):
             module.original_module = nn.Identity()  # its copy alone is computed with
+    for matrix, shape in expert_matrices(model):
+        weight = matrix.weight
+        matrix.weight = nn.Parameter(weight.detach().view(shape), requires_grad=weight.requires_grad)
+
+
+def expert_matrices(model: nn.Module) -> list[tuple[nn.Linear, torch.Size]]:
+    """B of each adapter of fused experts, which peft saves as [F, r E], with the shape [F, r, E] by which it reads it:
+    in that the experts can be divided."""
+    wrappers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.layer.ParamWrapper)]
+    return [
+        (matrix, torch.Size([matrix.out_features, wrapper.r[ADAPTER], wrapper.num_experts]))
+        for wrapper in wrappers
+        for matrix in (wrapper.lora_B[ADAPTER],)
+    ]
 
 
 def peft_config(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> peft.LoraConfig:
@@ -116,6 +151,7 @@ def peft_config(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> p
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         modules_to_save=list(settings.modules_to_save) or None,
+        target_parameters=settings.target_parameters and list(settings.target_parameters),
         init_lora_weights=_INITS[settings.init],
     )
 
@@ -180,7 +216,8 @@ def trained_share(blueprint: Blueprint) -> dict[str, Any]:
         "trained": by_module.total(),
         "parameters": every,
         "by_module": dict(by_module.most_common()),
-        "frozen_experts": bool(blueprint.anatomy.experts),
+        "frozen_experts": bool(blueprint.anatomy.experts)
+        and not any(f".{blueprint.anatomy.experts}." in name for name in trained(blueprint.model)),
     }
 
 
@@ -191,14 +228,15 @@ def _drawn(blueprint: Blueprint, name: str, settings: LoraSettings, *, seed: int
     layer: Any = blueprint.model.get_submodule(owner)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, owner))
-        twin = copy.copy(layer)
+        twin: Any = object.__new__(type(layer))  # `copy` would call the constructor of experts that FSDP manages
+        twin.__dict__.update(layer.__dict__)
         twin._modules = dict(layer._modules)
         for part in ("lora_A", "lora_B"):
             on_meta = getattr(layer, part)[ADAPTER]
             linear = nn.Linear(on_meta.in_features, on_meta.out_features, bias=on_meta.bias is not None)
             twin._modules[part] = nn.ModuleDict({ADAPTER: linear})
         twin.reset_lora_parameters(ADAPTER, _INITS[settings.init])
-    return twin.get_parameter(f"lora_{parameter}").detach()
+    return twin.get_parameter(f"lora_{parameter}").detach().view(blueprint.model.get_parameter(name).shape)
 
 
 def _lengths(blueprint: Blueprint, name: str, weights: CopyInto) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cuboid.parallel.errors import FieldError, one_of
 from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe_fields import written
 
 if TYPE_CHECKING:
     from cuboid.trainer.model import Blueprint
@@ -27,11 +28,8 @@ def lora_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         yield FieldError("lora", "{...}", "needs the package peft", "pip install 'cuboid[lora]', or use null")
     if recipe.parallel.engine == "deepspeed":
         yield FieldError("parallel.engine", "deepspeed", "is not proven with lora", "use native")
-    if recipe.lora.dora and recipe.parallel.tensor > 1:
-        constraint = f"takes the length of whole rows, which parallel.tensor={recipe.parallel.tensor} divides"
-        yield FieldError("lora.dora", "true", constraint, "use false, or parallel.tensor=1")
     if recipe.moe is not None and recipe.moe.experts is not None:
-        constraint = "makes experts that lora leaves frozen, and so alike for ever"
+        constraint = "draws a router, which lora leaves frozen: it would never learn whom to choose"
         yield FieldError("moe.experts", recipe.moe.experts, constraint, "use null, or lora=null")
 
 
@@ -47,7 +45,11 @@ def target_errors(recipe: Recipe, blueprint: Blueprint) -> Iterator[FieldError]:
     except FieldError as error:
         yield error
         return
-    errors = [*_linear_errors(settings, blueprint), *_whole_errors(settings, blueprint)]
+    errors = [
+        *_linear_errors(settings, blueprint),
+        *_expert_errors(settings, blueprint),
+        *_whole_errors(settings, blueprint),
+    ]
     if settings.adapter is None:
         yield from errors
     elif wrong := [f"{error.value} {error.constraint}" for error in errors] or misfits(blueprint, settings):
@@ -61,12 +63,31 @@ def _linear_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[Fie
 
     found = linears(blueprint.model, blueprint.anatomy)
     remedy = f"use all-linear, or {one_of(_ends(found))}"
-    if settings.targets == ():
+    if settings.targets == () and not settings.target_parameters:
         yield FieldError("lora.targets", "[]", "names nothing", remedy)
     for target in () if settings.targets == "all-linear" else settings.targets:
         if not any(f".{name}".endswith(f".{target}") for name in found):
             constraint = f"is no linear in a layer of this {blueprint.config.model_type}"
             yield FieldError("lora.targets", target, constraint, remedy)
+
+
+def _expert_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:
+    """Fused experts and nothing else: peft would take any parameter whose name ends so for a matrix."""
+    anatomy, family = blueprint.anatomy, blueprint.config.model_type
+    names = {name: parameter.dim() for name, parameter in blueprint.model.named_parameters()}
+    experts = [name for name, dims in names.items() if dims == 3 and f".{anatomy.experts}." in name]
+    ends = sorted({f"experts.{name.rpartition('.')[2]}" for name in experts})
+    for target in settings.target_parameters or ():
+        taken = {name for name in names if f".{name}".endswith(f".{target}")}
+        if not taken or not taken <= set(experts):
+            constraint = f"is no parameter of fused experts of this {family}"
+            remedy = f"use {one_of(ends)}" if ends else "leave it out"
+            yield FieldError("lora.target_parameters", target, constraint, remedy)
+    for field, value in (("dropout", settings.dropout), ("dora", settings.dora)):
+        if settings.target_parameters and value:
+            constraint = "is nothing that peft computes beside fused experts (lora.target_parameters)"
+            remedy = "use 0" if field == "dropout" else "use false"
+            yield FieldError(f"lora.{field}", written(value), constraint, remedy)
 
 
 def _whole_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.adapter_folder import TENSORS
-from cuboid.trainer.adapters import base_name, load_adapter, stored_name, whole_peft_model
+from cuboid.trainer.adapters import base_name, expert_matrices, load_adapter, stored_name, whole_peft_model
 from cuboid.trainer.assemble import initial_weights
 from cuboid.trainer.export import (
     Exported,
@@ -100,7 +100,12 @@ def _filled(recipe: Recipe, blueprint: Blueprint, settings: LoraSettings, weight
         base = str(Path(base).expanduser().absolute())
     model = whole_peft_model(whole_model(blueprint), settings, blueprint.anatomy, base=base)
     read, named = initial_weights(recipe, blueprint), dict(model.base_model.model.named_parameters())
-    trained = {name: parameter.data for name, parameter in named.items() if parameter.requires_grad}
+    shapes = {matrix.weight: shape for matrix, shape in expert_matrices(model)}
+    trained = {
+        name: parameter.data.view(shapes.get(parameter, parameter.shape))
+        for name, parameter in named.items()
+        if parameter.requires_grad
+    }
     if faults := weights.faults(trained):
         raise RunFailed(f"{weights.path} cannot be exported: {'; '.join(faults[:5])}")
     weights.fill(trained)

@@ -28,8 +28,9 @@ class LoraSettings(Settings):
     """Train the length of each row of W apart from its direction (Liu et al. 2024, "DoRA", section 4.1)."""
     modules_to_save: Names = ()
     """Modules that are trained whole, by the ends of their names, such as [embed_tokens, lm_head]."""
-    target_parameters: Annotated[Names | None, Offered((None,))] = None
-    """Parameters that get an adapter and are no linear's: fused experts."""
+    target_parameters: Names | None = None
+    """Fused experts that get an adapter each, by the ends of their parameters' names, such as [experts.gate_up_proj,
+    experts.down_proj]; beside targets, which may be [] then."""
     init: Annotated[
         Literal["default", "gaussian", "orthogonal", "pissa", "olora"], Offered(("default", "gaussian"))
     ] = "default"
