@@ -175,10 +175,17 @@ def make_model(*, tied: bool = False, vocab_size: int = 264, family: str = "llam
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
 
 
-def save_model(model: Any, folder: Path, *steps: int, tokenizer: str = "auto", pretrained: str | None = None) -> None:
+def save_model(
+    model: Any,
+    folder: Path,
+    *steps: int,
+    tokenizer: str = "auto",
+    pretrained: str | None = None,
+    prune: dict[str, Any] | None = None,
+) -> None:
     """Checkpoints of the model as a run leaves them in ``folder``."""
     facts = {
-        "recipe": {"data": {"tokenizer": tokenizer}, "model": {"pretrained": pretrained}},
+        "recipe": {"data": {"tokenizer": tokenizer}, "model": {"pretrained": pretrained}, "prune": prune},
         "model_config": model.config.to_dict(),
     }
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}

@@ -113,7 +113,7 @@ class PlainStructures(PlainPruning):
             yield name, mask.t() if _reads(name) else mask
 
     def _influences(self, run: Callable[[], Any]) -> dict[str, float]:
-        """1 - the mean cosine of each layer's input and output."""
+        """1 - the mean cosine of each layer's input and output; with a vector of zeros, as of a padding, it is 0."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -123,10 +123,8 @@ class PlainStructures(PlainPruning):
         run()
         for hook in hooks:
             hook.remove()
-        return {
-            name: 1.0 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean().item()
-            for name, (x, y) in seen.items()
-        }
+        lengths = {name: (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-8) for name, (x, y) in seen.items()}
+        return {name: 1.0 - ((x * y).sum(-1) / lengths[name]).mean().item() for name, (x, y) in seen.items()}
 
 
 def _reads(name: str) -> bool:
