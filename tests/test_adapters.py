@@ -166,6 +166,18 @@ def test_a_run_with_dropout_goes_on_bit_for_bit_on_the_same_mesh(tmp_path: Path)
     assert losses(tmp_path / "without")[-1] != losses(tmp_path / "whole")[-1]
 
 
+@pytest.mark.full
+def test_an_adapter_run_changes_its_engine(tmp_path: Path) -> None:
+    base, changed = pretrained(tmp_path / "base"), tmp_path / "changed"
+    run(adapter_run(base, LORA), tmp_path / "whole")
+    zero = {"engine": "deepspeed", "zero_stage": 3}
+    for steps, mesh, engine in ((1, "1x1x1", {}), (2, "1x2x1", zero), (4, "2x1x1", {})):
+        recipe = adapter_run(base, LORA, mesh, **engine)
+        run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})}), changed)
+    for one, other in zip(losses(tmp_path / "whole"), losses(changed), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
 def check_refused_exports(tmp_path: Path, base: str, source: Path) -> None:
     """What is not the run's adapter, or does not compute what it does, never appears."""
     out = tmp_path / "refused"
@@ -281,11 +293,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [*lora_errors(recipe_with({}), runs_here=False)]
 
 
-def test_other_engines_and_made_experts_are_refused() -> None:
-    parallel = {"engine": "deepspeed", "zero_stage": 1}
-    recipe = recipe_with({}, parallel=parallel, moe={"experts": 4})
-    fields = [error.field for error in lora_errors(recipe, runs_here=True)]
-    assert fields == ["parallel.engine", "moe.experts"]
+def test_made_experts_are_refused() -> None:
+    recipe = recipe_with({}, moe={"experts": 4})
+    (error,) = lora_errors(recipe, runs_here=True)
+    assert str(error).startswith("moe.experts=4 draws a router, which lora leaves frozen")
     assert not [*lora_errors(recipe.model_copy(update={"lora": None}), runs_here=True)]
 
 

@@ -51,6 +51,7 @@ CELLS = [
     ZeroCase(2, 2, 2, zero_stage=1, family="qwen3", tied=True),
     ZeroCase(1, 2, 1, zero_stage=2, offload="cpu"),
     ZeroCase(1, 2, 1, zero_stage=3, family="mixtral"),
+    ZeroCase(1, 2, 2, zero_stage=3, lora="whole"),
 ]
 MORE_CELLS = [
     ZeroCase(1, 1, 1, zero_stage=1, offload="cpu"),
@@ -66,6 +67,9 @@ MORE_CELLS = [
     ZeroCase(2, 2, 1, "gpipe", zero_stage=1, tied=True),
     ZeroCase(2, 2, 1, zero_stage=1, offload="cpu", tied=True),
     ZeroCase(2, 1, 2, zero_stage=1, offload="cpu", sequence=False),
+    ZeroCase(2, 2, 1, zero_stage=1, tied=True, lora="some"),
+    ZeroCase(1, 2, 2, zero_stage=2, family="qwen3", lora="dora"),
+    ZeroCase(1, 2, 1, zero_stage=2, family="mixtral", lora="experts"),
     ZeroCase(4, 2, 1, zero_stage=1, microbatches=8, activation_checkpointing="full"),
 ]
 

@@ -74,6 +74,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             tied=tied,
             teacher=teacher,
             averaged_over=block.layout.data,
+            saves_frozen=recipe.lora is None,
             zero=zero,
         )
     return NativeEngine(

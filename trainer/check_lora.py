@@ -1,4 +1,4 @@
-"""What `lora` cannot train, in words: no such module, one that is tied or fused, another engine. Imports no torch."""
+"""What `lora` cannot train, in words: no such module, one that is tied, what ZeRO 3 divides. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ def lora_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         return
     if runs_here and find_spec("peft") is None:
         yield FieldError("lora", "{...}", "needs the package peft", "pip install 'cuboid[lora]', or use null")
-    if recipe.parallel.engine == "deepspeed":
-        yield FieldError("parallel.engine", "deepspeed", "is not proven with lora", "use native")
     if recipe.moe is not None and recipe.moe.experts is not None:
         constraint = "draws a router, which lora leaves frozen: it would never learn whom to choose"
         yield FieldError("moe.experts", recipe.moe.experts, constraint, "use null, or lora=null")
@@ -45,6 +43,7 @@ def target_errors(recipe: Recipe, blueprint: Blueprint) -> Iterator[FieldError]:
     except FieldError as error:
         yield error
         return
+    yield from _engine_errors(settings, recipe)
     errors = [
         *_linear_errors(settings, blueprint),
         *_expert_errors(settings, blueprint),
@@ -56,6 +55,14 @@ def target_errors(recipe: Recipe, blueprint: Blueprint) -> Iterator[FieldError]:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         constraint = f"is no adapter of this {blueprint.config.model_type}: {'; '.join(wrong[:3])}{more}"
         yield FieldError("lora.adapter", settings.adapter, constraint, "give the model that it was made of")
+
+
+def _engine_errors(settings: LoraSettings, recipe: Recipe) -> Iterator[FieldError]:
+    """DeepSpeed gathers a module's parameters around its own call, and these two are read from outside of it."""
+    beside = {"dora": settings.dora, "target_parameters": bool(settings.target_parameters)}
+    for field in (field for field, given in beside.items() if given and recipe.parallel.zero_stage == 3):
+        constraint = f"divides matrices that lora.{field} reads when they are not gathered"
+        yield FieldError("parallel.zero_stage", 3, constraint, "use 1 or 2, or parallel.engine=native")
 
 
 def _linear_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:

@@ -72,8 +72,15 @@ class Engine(ABC):
     """Whose logits the loss of a step takes."""
     averaged_over: int = 1
     """Ranks over which gradients are averaged and not summed: each rank's loss is that many times larger."""
+    saves_frozen: bool = True
+    """False where frozen parameters have their values from elsewhere: an adapter's base."""
     _own_loss: float = 0.0
     """This rank's share of the newest loss; 0 away from the last stage."""
+
+    @property
+    def saved(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that a checkpoint holds."""
+        return [named for named in self.parameters if self.saves_frozen or named[1].requires_grad]
 
     @abstractmethod
     def close_gradients(self) -> None:
@@ -203,8 +210,6 @@ class NativeEngine(Engine):
     optimizer: ShardedAdamW
     clip_grad_norm: float | None
     pruner: Pruner | StructurePruner | None = None
-    saves_frozen: bool = True
-    """False where frozen parameters have their values from elsewhere: an adapter's base."""
 
     def prune(self, step: int, batch: Batch) -> float | None:
         stages = cast("list[Stage]", list(self.pipeline.modules.values()))
@@ -238,9 +243,8 @@ class NativeEngine(Engine):
 
     def tensors(self) -> dict[str, Tensor]:
         """The engine's own memory: what is loaded into it is in place."""
-        saved = [named for named in self.parameters if self.saves_frozen or named[1].requires_grad]
-        state: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in saved}
-        assert len(state) == len(saved), "two parameters of one rank share a name: only one would be loaded"
+        state: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in self.saved}
+        assert len(state) == len(self.saved), "two parameters of one rank share a name: only one would be loaded"
         beside = self.experts.tensors() if self.experts else {}
         return state | beside | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 

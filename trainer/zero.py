@@ -85,7 +85,7 @@ def divide(
     }
     engine, *_ = deepspeed.initialize(
         model=stage,
-        optimizer=make_adamw(parameters, recipe.optimizer),
+        optimizer=make_adamw([named for named in parameters if named[1].requires_grad], recipe.optimizer),
         config=config,
         mpu=_Axes(block),
         dist_init_required=False,
@@ -141,7 +141,8 @@ class ZeroEngine(Engine):
         set_step(self._optimizer.optimizer, self._flat, 0)
         if self._stage < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()  # parameters learn where their moments lie
-        self._owners = _share_out([_shape(parameter).numel() for _, parameter in self.parameters], self.averaged_over)
+        assert all(parameter.requires_grad for _, parameter in self.saved), "only an adapter leaves something frozen"
+        self._owners = _share_out([_shape(parameter).numel() for _, parameter in self.saved], self.averaged_over)
 
     def backward(self, batch: Batch, *, told: Sequence[float] = ()) -> StepResult:
         self.zero.set_gradient_accumulation_boundary(False)
@@ -158,7 +159,8 @@ class ZeroEngine(Engine):
     def squared_norm(self) -> Tensor:
         parts, shares = [], []
         for _, parameter in self.parameters:
-            part = None if parameter is self.tied.second else self._own_gradient(parameter)
+            counts = parameter.requires_grad and parameter is not self.tied.second
+            part = self._own_gradient(parameter) if counts else None
             if part is not None:
                 parts.append(part)
                 shares.append(1.0 if _is_cut(parameter) else 1.0 / self.block.layout.tensor)
@@ -166,11 +168,12 @@ class ZeroEngine(Engine):
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, parameter in self.parameters:
-            if self._stage == 3:
-                gradient = self._gathered(parameter, self._gradient_parts[parameter])
+            if not parameter.requires_grad:
+                yield name, None
+            elif self._stage == 3:
+                yield name, _put(parameter, self._gathered(parameter, self._gradient_parts[parameter]))
             else:
-                gradient = safe_get_full_grad(parameter)
-            yield name, _put(parameter, gradient)
+                yield name, _put(parameter, safe_get_full_grad(parameter))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.parameters:
@@ -220,9 +223,7 @@ class ZeroEngine(Engine):
 
     def _by_group(self, *, changed: bool) -> Iterator[tuple[str, Any, int]]:
         """(name, parameter, its owner), group by group: of one group at a time the optimizer state is in memory."""
-        named = [
-            (self._group(p), name, p, owner) for (name, p), owner in zip(self.parameters, self._owners, strict=True)
-        ]
+        named = [(self._group(p), name, p, owner) for (name, p), owner in zip(self.saved, self._owners, strict=True)]
         for group, members in groupby(sorted(named, key=itemgetter(0)), key=itemgetter(0)):
             with self._in_memory(group, changed=changed):
                 for _, name, parameter, owner in members:
