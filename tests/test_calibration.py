@@ -22,7 +22,7 @@ from cuboid.trainer.gptq import gptq
 from cuboid.trainer.low_rank import LowRank
 from cuboid.trainer.low_rank_format import products
 from cuboid.trainer.model_folder import finished, load_model, read_config
-from cuboid.trainer.quantize import Quantization
+from cuboid.trainer.quantize import Quantization, _four_bits
 
 TEXT = str(Path(__file__).parents[1] / "LICENSE")
 OTHER = str(Path(__file__).parents[1] / "CHANGELOG.md")
@@ -86,7 +86,8 @@ def test_gptq_takes_the_steps_of_the_paper() -> None:
 
 
 def test_a_model_is_rounded_for_the_inputs_that_it_meets(folder: Path, tmp_path: Path) -> None:
-    """In the very form of a model rounded to nearest; each layer's outputs move less, and those of all."""
+    """In the very form of a model rounded to nearest; each layer's outputs move less, and those of all. The inputs are
+    those of the rounded model."""
     calibration = Calibration(TEXT, samples=8)
     for name, asked in (("nearest", None), ("gptq", calibration)):
         compress(folder, tmp_path / name, Quantization(4, group_size=8, calibration=asked))
@@ -104,6 +105,8 @@ def test_a_model_is_rounded_for_the_inputs_that_it_meets(folder: Path, tmp_path:
             left = linear.weight - weight.dequantize()
             lost[key].append((left @ hessian @ left.T).trace().item())
         assert forms[0] == forms[1]
+        expected = _four_bits(linear.weight, hessian, 8)
+        assert torch.equal(expected.qdata, models["gptq"].get_submodule(name).weight.qdata)
         linear.weight.copy_(models["gptq"].get_submodule(name).weight.dequantize())
 
     visit_linears(whole, batch, compare)

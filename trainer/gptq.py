@@ -46,11 +46,12 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, *, group_size: int, levels: tupl
         group, rest = slice(start, start + group_size), slice(start + group_size, None)
         part_OG, factor_GG = weight_OI[:, group], factor_II[group, group]
         scale, zero = grid(part_OG)
+        step = scale.float()
         errors_OG = torch.empty_like(part_OG)
         for column in range(group_size):
             wanted_O1 = part_OG[:, column, None]
-            code_O1 = ((wanted_O1 * (1 / scale)).round() + zero).clamp(*levels)
-            error_O1 = (wanted_O1 - (code_O1 - zero) * scale) / factor_GG[column, column]
+            code_O1 = ((wanted_O1 * (1 / step)).round() + zero).clamp(*levels)
+            error_O1 = (wanted_O1 - (code_O1 - zero) * step) / factor_GG[column, column]
             part_OG[:, column:] -= error_O1 * factor_GG[column, column:]
             codes_OI[:, start + column, None] = code_O1
             errors_OG[:, column, None] = error_O1
