@@ -25,6 +25,13 @@ class Format(StrEnum):
     lowrank = "lowrank"
 
 
+class Way(StrEnum):
+    """What decides how a model is made smaller, beside its weights."""
+
+    gptq = "gptq"
+    whitened = "whitened"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """What is exported, to what, and where to. None stands for an option that was not given."""
@@ -50,6 +57,20 @@ class ExportOptions:
         typer.Option(help="Text for the held-out loss before and after; default: the recipe's data.eval_path."),
     ] = None
     group_size: Annotated[int | None, typer.Option(min=1, help="int4: inputs that share a scale; default: 32.")] = None
+    method: Annotated[
+        Way | None,
+        typer.Option(
+            help="int4: gptq, rounded so that each layer's outputs move least; lowrank: whitened, the products whose "
+            "outputs are nearest. Both ask a calibration set. Default: the nearest weights."
+        ),
+    ] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text for --method, like that of the training; default: what the run trained on."),
+    ] = None
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="How many samples are read of it; default: 32.")
+    ] = None
     rank: Annotated[int | None, typer.Option(min=1, help="lowrank: inner width of every product.")] = None
     energy: Annotated[
         float | None,

@@ -5,22 +5,29 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from cuboid.launch.export_options import ExportOptions, Format
+from cuboid.launch.export_options import ExportOptions, Format, Way
 from cuboid.launch.reports import megabytes
 from cuboid.parallel.errors import FieldError
 from cuboid.trainer import inspection
+from cuboid.trainer.calibration import Calibration
 from cuboid.trainer.compress import Compressed, Method, compress
 from cuboid.trainer.export import Exported, export_hf
+from cuboid.trainer.held_out import SAMPLES
 
 _BELONGS_TO = {
     "eval_path": (Format.int8, Format.int4, Format.lowrank),
     "group_size": (Format.int4,),
+    "method": (Format.int4, Format.lowrank),
+    "calibration": (Format.int4, Format.lowrank),
+    "calibration_samples": (Format.int4, Format.lowrank),
     "head": (Format.int8, Format.int4),
     "rank": (Format.lowrank,),
     "energy": (Format.lowrank,),
     "module": (Format.lowrank,),
 }
 """Options that say something of some formats alone."""
+_WAYS = {Format.int4: Way.gptq, Format.lowrank: Way.whitened}
+"""The method of each format that asks a calibration set."""
 
 
 def export(options: ExportOptions) -> None:
@@ -54,17 +61,33 @@ def export(options: ExportOptions) -> None:
 
 
 def _method(options: ExportOptions) -> Method:
+    calibration = _calibration(options)
     if options.to is Format.lowrank:
         from cuboid.trainer.low_rank import LowRank
 
-        return LowRank(rank=options.rank, energy=options.energy, modules=tuple(options.module or ()))
+        modules = tuple(options.module or ())
+        return LowRank(rank=options.rank, energy=options.energy, modules=modules, calibration=calibration)
     from cuboid.trainer.quantize import GROUP_SIZE, Quantization
 
     return Quantization(
         bits=8 if options.to is Format.int8 else 4,
         group_size=options.group_size or GROUP_SIZE,
         head=options.head,
+        calibration=calibration,
     )
+
+
+def _calibration(options: ExportOptions) -> Calibration | None:
+    wanted = _WAYS.get(options.to)
+    if options.method is None:
+        for name in ("calibration", "calibration_samples"):
+            if (value := getattr(options, name)) is not None:
+                constraint = "says nothing without a method that asks for it"
+                raise FieldError(f"--{name.replace('_', '-')}", value, constraint, f"add --method {wanted}")
+        return None
+    if options.method is not wanted:
+        raise FieldError("--method", options.method, f"says nothing of --to {options.to}", f"use --method {wanted}")
+    return Calibration(options.calibration, options.calibration_samples or SAMPLES)
 
 
 def _say_exported(options: ExportOptions, done: Exported) -> None:
@@ -83,6 +106,8 @@ def _say_compressed(options: ExportOptions, done: Compressed) -> None:
         print(f"held-out loss  {done.before} -> {done.after}, {where}")
     else:
         print("held-out loss  not measured: no text was held out (data.eval_path); name one with --eval-path")
+    if done.calibration:
+        print(f"calibration    {done.calibration}")
     print(f"size           {megabytes(done.bytes_before)} -> {megabytes(done.bytes_after)}")
     print("\n".join(done.words))
     source = done.exported.checkpoint if done.exported else options.source

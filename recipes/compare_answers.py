@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LONGEST_PROMPT = 600
@@ -53,6 +54,10 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=3)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # torchao, which peft imports, tells of kernels for GPUs
+    warnings.simplefilter("ignore", FutureWarning)  # peft reads names that transformers will drop
+    from peft import PeftModel
+
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     asked = prompts(arguments.conversations, arguments.number)

@@ -93,6 +93,18 @@ def test_a_run_is_rounded_and_its_loss_told(
             assert torch.equal(weight, expected), name
 
 
+def test_a_run_s_calibration_set_is_what_it_trained_on(trained: tuple[Path, float], tmp_path: Path) -> None:
+    options = ("--to", "int4", "--group-size", "16", "--method", "gptq", "--out", str(tmp_path / "out"))
+    code, told, _ = cuboid("export", str(trained[0]), *options)
+    assert code == 0
+    share = "which has 0.0% of the held-out runs of 32 tokens"
+    assert f"calibration    1,024 tokens of {Path(__file__).parents[1] / 'LICENSE'}, {share}" in told.splitlines()
+    few = (*options, "--calibration-samples", "1")
+    code, _, err = cuboid("export", str(trained[0]), *few, "--overwrite")
+    assert code == 2
+    assert "--calibration-samples=1 gives 32 tokens, fewer than the 48 inputs of the widest linear layer; use at" in err
+
+
 def test_a_finished_model_is_evaluated(trained: tuple[Path, float], tmp_path: Path) -> None:
     """As its run does, or on other text in samples of another length; and nothing is left behind."""
     folder, evaluated = trained

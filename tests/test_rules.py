@@ -53,7 +53,6 @@ DOORS = {
         "trainer/export.py",
         "trainer/export_adapter.py",
         "trainer/generate.py",
-        "trainer/low_rank.py",
         "trainer/low_rank_format.py",
         "trainer/model_folder.py",
         "trainer/quantize.py",

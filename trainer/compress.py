@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from cuboid.trainer import inspection
+from cuboid.trainer.calibration import Calibration
+from cuboid.trainer.data import Batch
 from cuboid.trainer.export import Exported
 from cuboid.trainer.held_out import HeldOut, Passage, measure, passage_at, passage_of
 from cuboid.trainer.model_folder import (
@@ -34,11 +36,15 @@ from cuboid.trainer.tokenizer import save_tokenizer
 class Method(Protocol):
     """A way to make a model smaller."""
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """The text that it asks which inputs the layers meet; None: it does not ask."""
+
     def check(self, config: Config) -> None:
         """Raises UserError where this model cannot be made smaller so."""
 
-    def apply(self, folder: Path) -> Model:
-        """The smaller model of the one in ``folder``."""
+    def apply(self, folder: Path, calibration: Batch | None) -> Model:
+        """The smaller model of the one in ``folder``; a calibration set is given to a method that asks for one."""
 
     def save(self, model: Model, folder: Path) -> None:
         """Write weights and config of the smaller model."""
@@ -57,11 +63,14 @@ class Compressed:
     exported: Exported | None
     """The checkpoint that it was made of; None where the source was a Hugging Face folder."""
     passage: Passage | None
+    """The held-out text."""
     before: HeldOut | None
     after: HeldOut | None
     bytes_before: int
     """Of the safetensors files."""
     bytes_after: int
+    calibration: str | None
+    """Which text was asked, how much of it, and how much of the held-out text it has."""
     words: tuple[str, ...]
 
 
@@ -73,8 +82,8 @@ def compress(
     The model is in memory twice at most. ``out`` appears when all is written and checked.
 
     Raises:
-        UserError: there is no model, it cannot be made smaller so, the held-out text cannot be read, or ``out`` may not
-            be written.
+        UserError: there is no model, it cannot be made smaller so, a text cannot be read, or ``out`` may not be
+            written.
         RunFailed: the folder does not give the smaller model's logits.
     """
     origin = source if is_model_folder(source) else inspection.resolve(source)
@@ -83,8 +92,9 @@ def compress(
         config = read_config(model.folder)
         method.check(config)
         passage = _passage(model, eval_path, config)
+        asked = method.calibration.read(model, config, passage) if method.calibration else None
         before = measure(load_model(model.folder), passage, model.folder) if passage else None
-        smaller = method.apply(model.folder)
+        smaller = method.apply(model.folder, asked.batch if asked else None)
         after = measure(smaller, passage, model.folder) if passage else None
         expected, words = logits(smaller), tuple(method.words(smaller))
         with disk_errors_of(out), quietly():
@@ -99,6 +109,7 @@ def compress(
             after=after,
             bytes_before=weight_bytes(model.folder),
             bytes_after=weight_bytes(folder),
+            calibration=asked.words if asked else None,
             words=words,
         )
 

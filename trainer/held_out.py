@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cuboid.parallel.errors import FieldError
 from cuboid.parallel.loss import IGNORE, perplexity
-from cuboid.trainer.data import Dataset, Mixture, held_out_settings, prepare
+from cuboid.parallel.stages import Masks
+from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.model import Blueprint, find_parts, whole_masks
-from cuboid.trainer.model_folder import Config, Model, quietly
+from cuboid.trainer.model_folder import Config, Model, quietly, read_config
 from cuboid.trainer.recipe import DataSettings, Recipe
 from cuboid.trainer.tokenizer import PretrainedTokenizer
 from cuboid.trainer.tokens import cache_folder
@@ -68,11 +70,19 @@ class Passage:
         try:
             with quietly():
                 tokenizer = PretrainedTokenizer(str(folder), field="tokenizer")
+            if tokenizer.vocab_size > (size := read_config(folder).vocab_size):
+                constraint = f"has ids up to {tokenizer.vocab_size - 1}, which do not fit the model's vocab_size={size}"
+                raise FieldError("tokenizer", folder, constraint, "put the model's own tokenizer there")
             return prepare(self.data, tokenizer=tokenizer, seed=self.seed, cache=cache_folder())
         except FieldError as error:
             if error.field != "data.path":
                 raise
             raise FieldError(self.field, error.value, error.constraint, error.remedy) from error
+
+    def read(self, folder: Path) -> Batch:
+        """All the samples at once."""
+        dataset = self.open(folder)
+        return dataset.batch(range(min(self.samples, dataset.num_samples)))
 
 
 def passage_of(recipe: Recipe, path: str | None) -> Passage | None:
@@ -106,16 +116,20 @@ def passage_at(path: str, *, field: str, config: Config, samples: int = SAMPLES,
     return Passage(field=field, data=data, samples=samples)
 
 
+def attention_masks(model: Model, position_ids: Tensor) -> Masks | None:
+    """What transformers' own forward takes as its attention mask so that documents are kept apart."""
+    return whole_masks(Blueprint(model.config, model, find_parts(model), model.dtype), position_ids)
+
+
 @torch.no_grad()
 def measure(model: Model, passage: Passage, folder: Path) -> HeldOut:
     """Mean loss of the model, whose tokenizer is in ``folder``, over the passage's samples, each once."""
     dataset = passage.open(folder)
     count = min(passage.samples, dataset.num_samples)
-    blueprint = Blueprint(model.config, model, find_parts(model), model.dtype)
     total, tokens = 0.0, 0
     for start in range(0, count, _ROWS):
         batch = dataset.batch(range(start, min(start + _ROWS, count)))  # [B, T] each
-        masks = whole_masks(blueprint, batch.position_ids)
+        masks = attention_masks(model, batch.position_ids)
         logits_BTV = model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False
         ).logits.float()

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
@@ -109,6 +109,20 @@ def load_model(folder: Path, **changes: Any) -> Model:
         more = f" (and {len(strange) - _SHOWN} more)" if len(strange) > _SHOWN else ""
         raise UserError(f"{folder} does not hold its model: {'; '.join(sorted(strange)[:_SHOWN])}{more}")
     return model.eval()
+
+
+def on_meta(config: Config) -> Model:
+    """The config's model without values: its modules and shapes."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def linears(model: Model) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear layer but the head, by name."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield name, module
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The torchao door: weights of linear layers rounded to 8 or 4 bits after training.
 
 To the nearest of evenly spaced values (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient
-inference", section 2): in 8 bits symmetric with a scale a row, in 4 bits with a scale and a zero point a group. Weights
-alone are rounded and no activation is, so that neither wants a calibration set.
+inference", section 2): in 8 bits symmetric with a scale a row, in 4 bits with a scale and a zero point a group; 4 bits
+also by `gptq`, which asks a calibration set. Weights alone are rounded, and no activation is.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from cuboid.parallel.errors import FieldError, UserError, one_of
 from cuboid.parallel.layout import divisors
-from cuboid.trainer.model_folder import Config, Model, load_model, quietly
+from cuboid.trainer.calibration import Calibration, visit_linears
+from cuboid.trainer.data import Batch
+from cuboid.trainer.gptq import gptq
+from cuboid.trainer.model_folder import Config, Model, linears, load_model, on_meta, quietly
 
 GROUP_SIZE = 32
 _SMALLEST_GROUP = 8
@@ -34,6 +37,8 @@ class Quantization:
     """Input features that share a scale, in 4 bits; in 8 bits a whole row does."""
     head: bool = False
     """The head too; the embedding always stays, which torchao does not round here."""
+    calibration: Calibration | None = None
+    """For `gptq`, in 4 bits, of all but the head; None: to nearest."""
 
     def check(self, config: Config) -> None:
         """Raises FieldError where a matrix cannot be divided into groups, or what is asked for is not there."""
@@ -51,10 +56,20 @@ class Quantization:
             constraint = f"does not divide the linear layers' in_features, {one_of(sorted(sizes))}"
             raise FieldError("--group-size", self.group_size, constraint, f"use {one_of(fits)}" if fits else "")
 
-    def apply(self, folder: Path) -> Model:
-        """The model of ``folder``, rounded while it is read."""
+    def apply(self, folder: Path, calibration: Batch | None) -> Model:
+        """The model of ``folder``, rounded while it is read, and where there is a calibration set once more by it."""
         settings = transformers.TorchAoConfig(self._config(), include_input_output_embeddings=self.head)
-        return load_model(folder, quantization_config=settings)
+        rounded = load_model(folder, quantization_config=settings)
+        if calibration is None:
+            return rounded
+
+        def replace(name: str, linear: nn.Linear, hessian_II: Tensor) -> None:
+            weight = _four_bits(linear.weight, hessian_II, self.group_size)
+            rounded.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+            linear.weight.copy_(weight.dequantize())
+
+        visit_linears(load_model(folder), calibration, replace)
+        return rounded
 
     def save(self, model: Model, folder: Path) -> None:
         model.save_pretrained(folder)
@@ -67,10 +82,10 @@ class Quantization:
         share = sum(weight.numel() for name, weight in model.named_parameters() if name in rounded)
         part = share / sum(weight.numel() for weight in model.parameters())
         scale = f"group of {self.group_size} inputs" if self.bits == 4 else "row"
+        way = "by GPTQ" if self.calibration else "to nearest"
         kind = str(model.dtype).removeprefix("torch.")
-        lines = [
-            f"int{self.bits}: {len(rounded)} matrices, {part:.0%} of the numbers, one scale a {scale}; rest {kind}"
-        ]
+        done = f"{len(rounded)} matrices, {part:.0%} of the numbers, {way}, one scale a {scale}"
+        lines = [f"int{self.bits}: {done}; rest {kind}"]
         if self.bits == 4:
             lines.append("each of these numbers takes a byte on disk and in memory: on CPUs torchao keeps int4 as int8")
         return lines
@@ -89,10 +104,32 @@ class Quantization:
 
 def _input_sizes(config: Config) -> set[int]:
     """in_features of the model's linear layers; the head, whose are those of the layers, does not count as one."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    return {module.in_features for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    return {linear.in_features for _, linear in linears(on_meta(config))}
+
+
+def _four_bits(weight: Tensor, hessian_II: Tensor, group_size: int) -> Any:
+    """The weight by `gptq`, in the form and on the grid that `IntxWeightOnlyConfig` gives."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
+
+    four_bits = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
+
+    def grid(part_OG: Tensor) -> tuple[Tensor, Tensor]:
+        block = (1, part_OG.shape[1])
+        nearest = IntxUnpackedToInt8Tensor.from_hp(
+            part_OG.to(weight.dtype), block, four_bits, mapping_type=MappingType.ASYMMETRIC
+        )
+        return nearest.scale, nearest.zero_point
+
+    found = gptq(weight, hessian_II, group_size=group_size, levels=(-8, 7), grid=grid)
+    return IntxUnpackedToInt8Tensor(
+        qdata=found.codes_OI,
+        scale=found.scales_OK,
+        zero_point=found.zeros_OK,
+        target_dtype=four_bits,
+        block_size=(1, group_size),
+        dtype=weight.dtype,
+        activation_quantization=None,
+    )
 
 
 def _is_rounded(weight: torch.Tensor) -> bool:
