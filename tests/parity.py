@@ -46,6 +46,7 @@ from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.plain_pruning import PlainPruning
+from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.weights import from_full
 
@@ -168,12 +169,15 @@ def _reference(case: Case) -> Reference:
         for wanted, decay in ((True, 0.1), (False, 0.0))
     ]
     adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS)
-    pruning = plain_pruning(case, trained)
+    pruning, settings = plain_pruning(case, trained), case.recipe().quantize
+    quantization = settings and PlainQuantization(model, settings, head=find_parts(model).head)
     losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
     for step, batch in enumerate(batches, start=1):
         if pruning:
             pruning.begin(step)
+        if quantization:
+            quantization.begin(step)
         loss, of_step = backward(model, batch, balance, taught_by)
         if pruning:
             pruning.mask_gradients()
@@ -349,6 +353,7 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
         touched = [name for name in state if name.startswith("optimizer.") and name.split(".", 2)[2] in kept]
         for step, batch in enumerate(expected.batches):
             engine.prune(step + 1)
+            engine.begin_step(step + 1)
             result = engine.backward(own_share(batch, engine.block))
             losses.append(relative(result.loss, expected.losses[step]))
             norms.append(relative(result.grad_norm, expected.norms[step]))

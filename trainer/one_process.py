@@ -23,6 +23,7 @@ from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.plain_pruning import PlainPruning
+from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
@@ -65,6 +66,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     model.to(blueprint.compute)
     balance = PlainBalance(model, recipe.moe or MoeSettings())
     pruning = _pruning(recipe, blueprint, masters)
+    quantization = recipe.quantize and PlainQuantization(model, recipe.quantize, head=blueprint.anatomy.head)
     settings = recipe.optimizer
     groups = [
         {
@@ -80,6 +82,8 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         rows = recipe.batch_plan.microbatch_size
         if pruning:
             pruning.begin(step)
+        if quantization:
+            quantization.begin(step)
         losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
         if pruning:
             pruning.mask_gradients()

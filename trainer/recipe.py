@@ -18,7 +18,6 @@ from cuboid.parallel.layout import BatchPlan, Layout
 from cuboid.trainer.recipe_fields import (
     Count,
     CountOrZero,
-    Later,
     Momentum,
     NotNegative,
     Number,
@@ -28,6 +27,7 @@ from cuboid.trainer.recipe_fields import (
     Text,
 )
 from cuboid.trainer.recipe_lora import LoraSettings
+from cuboid.trainer.recipe_quantize import QuantizeSettings
 
 
 class ModelSettings(Settings):
@@ -318,8 +318,8 @@ class Recipe(Settings):
     """Balance of the experts; null: the defaults where the model has experts."""
     lora: LoraSettings | None = None
     """Low-rank adapters beside frozen weights; null: every weight is trained."""
-    quantize: Later = None
-    """Quantization."""
+    quantize: QuantizeSettings | None = None
+    """Quantization-aware training; null: nothing is rounded."""
     distill: DistillSettings | None = None
     """Distillation from a teacher; null: from labels alone."""
     prune: PruneSettings | None = None
