@@ -56,7 +56,10 @@ class ExportOptions:
         str | None,
         typer.Option(help="Text for the held-out loss before and after; default: the recipe's data.eval_path."),
     ] = None
-    group_size: Annotated[int | None, typer.Option(min=1, help="int4: inputs that share a scale; default: 32.")] = None
+    group_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="int4: inputs that share a scale; default: as trained (quantize.group_size), or 32."),
+    ] = None
     method: Annotated[
         Way | None,
         typer.Option(

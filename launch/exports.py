@@ -67,11 +67,14 @@ def _method(options: ExportOptions) -> Method:
 
         modules = tuple(options.module or ())
         return LowRank(rank=options.rank, energy=options.energy, modules=modules, calibration=calibration)
+    from cuboid.trainer.model_folder import trained_rounding
     from cuboid.trainer.quantize import GROUP_SIZE, Quantization
 
+    learned = trained_rounding(options.source)
+    together = learned.inputs_together if learned and learned.scheme == options.to else None
     return Quantization(
         bits=8 if options.to is Format.int8 else 4,
-        group_size=options.group_size or GROUP_SIZE,
+        group_size=options.group_size or together or GROUP_SIZE,
         head=options.head,
         calibration=calibration,
     )

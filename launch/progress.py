@@ -128,6 +128,12 @@ def told(event: Mapping[str, Any]) -> str | None:
     if kind == "prune" and "eval_loss_after" in event:
         losses = f"held-out loss {event['eval_loss_before']:.4f} -> {event['eval_loss_after']:.4f}"
         return f"pruned {event['zeros']:.1%} ({event['method']}) before step {event['step']}: {losses}"
+    if kind == "quantize":
+        how = "trained for it (QAT)" if event["learned"] else "not trained for it (PTQ)"
+        losses = f"{event['eval_loss_whole']:.4f} -> {event['eval_loss_rounded']:.4f}"
+        return (
+            f"{event['scheme']} after step {event['step']}, {how}: held-out loss in full precision and rounded {losses}"
+        )
     if kind == "adapter":
         return _adapter_words(event)
     if kind == "checkpoint_refused":

@@ -80,6 +80,12 @@ PRUNING: dict[str, dict[str, Any]] = {
     "layers": {"ratio": 0.5, "begin_step": 2, "end_step": STEPS},
 }
 
+QUANTIZE: dict[str, dict[str, Any]] = {
+    "int8": {"scheme": "int8"},
+    "int4": {"scheme": "int4", "group_size": 8},
+    "int4-later": {"scheme": "int4", "group_size": 8, "start_step": 2},
+}
+
 FROZEN: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "leading": ("model.embed_tokens.*", "model.layers.[012].*"),
@@ -125,6 +131,8 @@ class Case:
     """A folder."""
     prune: str | None = None
     """A method."""
+    quantize: str | None = None
+    """Of `QUANTIZE`."""
     lora: str = "none"
 
     def __str__(self) -> str:
@@ -132,6 +140,7 @@ class Case:
         words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += [self.prune] if self.prune else []
+        words += [self.quantize] if self.quantize else []
         words += ["taught"] * (self.teacher is not None)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
@@ -148,6 +157,7 @@ class Case:
         parallel.pop("capacity_factor")
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
         parallel.pop("lora")
+        quantize = parallel.pop("quantize")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -158,6 +168,7 @@ class Case:
                 "moe": moe,
                 "distill": teacher and {"teacher": teacher, **TEACHING},
                 "prune": method and {"method": method, **PRUNING[method]},
+                "quantize": quantize and QUANTIZE[quantize],
                 "lora": LORA[self.lora],
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
@@ -170,7 +181,7 @@ class Case:
         )
 
 
-OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", "teacher", "prune", "lora")
+OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", "teacher", "prune", "quantize", "lora")
 """What of a case changes the numbers that are wanted of every mesh."""
 
 

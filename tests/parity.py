@@ -47,6 +47,7 @@ from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWeights
+from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.structures import structures
 from cuboid.trainer.weights import from_full
@@ -171,12 +172,15 @@ def _reference(case: Case) -> Reference:
         for wanted, decay in ((True, 0.1), (False, 0.0))
     ]
     adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS)
-    pruning = plain_pruning(case, model, trained)
+    pruning, settings = plain_pruning(case, model, trained), case.recipe().quantize
+    quantization = settings and PlainQuantization(model, settings, head=find_parts(model).head)
     losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
     for step, batch in enumerate(batches, start=1):
         if pruning:
             pruning.begin(step, partial(logits_of, model, batch))
+        if quantization:
+            quantization.begin(step)
         loss, of_step = backward(model, batch, balance, taught_by)
         if pruning:
             pruning.mask_gradients()
@@ -355,6 +359,7 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
         for step, batch in enumerate(expected.batches):
             mine = own_share(batch, engine.block)
             engine.prune(step + 1, mine)
+            engine.begin_step(step + 1)
             result = engine.backward(mine)
             losses.append(relative(result.loss, expected.losses[step]))
             norms.append(relative(result.grad_norm, expected.norms[step]))

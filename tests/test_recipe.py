@@ -112,7 +112,7 @@ parallel:
   pipeline: "2"
   shard: two
 tensor: 3
-quantize: {bits: 3}
+quantize: {scheme: int3}
 optimizer: {betas: [0.9, 1.0], lr: 3, learning_rate: .nan, clip_grad_norm: true}
 checkpoint: often
 seed: no
@@ -140,7 +140,7 @@ seed: no
         'x.yaml:9: parallel.pipeline="2" is not a whole number; write it without quotes',
         'x.yaml:10: parallel.shard="two" is not true or false or a whole number',
         "x.yaml:11: tensor is not a key; did you mean parallel.tensor?",
-        'x.yaml:12: quantize={"bits": 3} is not yet offered; use null',
+        "x.yaml:12: quantize.scheme=int3 is not a choice; did you mean int4? use int8 or int4",
         "x.yaml:13: optimizer.learning_rate=nan is not finite",
         "x.yaml:13: optimizer.betas=[0.9, 1.0] has an item that is not below 1.0",
         "x.yaml:13: optimizer.clip_grad_norm=true is not a number or null",
@@ -172,7 +172,7 @@ def test_one_of_pretrained_and_config(write):
 def test_later_work_is_refused_by_name(write):
     path = write(MINIMAL)
     for override in (
-        "quantize={bits: 4}", "launch.min_data=1",
+        "launch.min_data=1",
         "parallel.compile=true", "precision.parameters=bfloat16",
         "data.kind=tokens", "parallel.activation_checkpointing=selective",
         "checkpoint.copy_to=s3://x", "model.attention=flash_attention_2",

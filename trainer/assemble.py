@@ -19,6 +19,7 @@ from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.pipeline import Loss, Pipeline
 from cuboid.parallel.pruning import Pruning
+from cuboid.parallel.quantization import FakeQuantization
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
 from cuboid.parallel.structures import StructuredPruning
@@ -53,7 +54,8 @@ from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Engine:
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
     experts = _experts(recipe, block, blueprint)
-    stages = build_stages(recipe, block, blueprint, weights, experts)
+    quantization = _quantization(recipe, block)
+    stages = build_stages(recipe, block, blueprint, weights, experts, quantization)
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
@@ -73,6 +75,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             experts=experts,
             tied=tied,
             teacher=teacher,
+            quantization=quantization,
             averaged_over=block.layout.data,
             saves_frozen=recipe.lora is None,
             zero=zero,
@@ -85,6 +88,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         experts=experts,
         tied=tied,
         teacher=teacher,
+        quantization=quantization,
         # after the values: the optimizer works on views of the final shards
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
@@ -94,7 +98,12 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
 
 
 def build_stages(
-    recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto, experts: Experts | None = None
+    recipe: Recipe,
+    block: Block,
+    blueprint: Blueprint,
+    weights: CopyInto,
+    experts: Experts | None = None,
+    quantization: FakeQuantization | None = None,
 ) -> list[Stage]:
     """This rank's stages, divided over tensor, expert and data, with their first values."""
     settings, split = recipe.parallel, layers_of_stages(recipe, blueprint)
@@ -103,6 +112,9 @@ def build_stages(
     for index in _stage_indices(recipe, block):
         # cut on meta first: nothing that this rank does not compute ever takes memory
         stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
+        # before tensor parallelism, whose exchanges lie around a product with rounded weights
+        if quantization is not None:
+            quantization.apply(stage)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
         apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
         # before sharding too: experts are sharded over other ranks than the rest
@@ -171,6 +183,15 @@ def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     kept = LogitsKept()
     return Teacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
+
+
+def _quantization(recipe: Recipe, block: Block) -> FakeQuantization | None:
+    if recipe.quantize is None:
+        return None
+    from cuboid.trainer.quantize import Quantization
+
+    rounding, group = Quantization.of(recipe.quantize).rounding(), block.mesh["tensor"].get_group()
+    return FakeQuantization(rounding, group, start_step=recipe.quantize.start_step)
 
 
 def _pruner(

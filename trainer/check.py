@@ -24,6 +24,7 @@ from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.check_prune import prunable_errors, prune_errors, structure_errors
+from cuboid.trainer.check_quantize import group_errors, quantize_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *prune_errors(recipe),
         *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
+        *quantize_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *best_errors(recipe),
         *_length_errors(recipe),
         *_folder_errors(recipe),
@@ -315,11 +317,11 @@ def _model_errors(recipe: Recipe, config: PretrainedConfig) -> Iterator[UserErro
             yield from prunable_errors(recipe, config, found, prunable(blueprint, None))
             yield from structure_errors(recipe, blueprint)
         yield from target_errors(recipe, blueprint)
-        if recipe.parallel.tensor > 1:
-            yield from _attempt(lambda: tensor_plan(blueprint))[0]
-            if not recipe.parallel.sequence and blueprint.drops_hidden_states:
-                constraint = "lets each tensor rank drop other elements of the hidden states that they share"
-                yield FieldError("parallel.sequence", "false", constraint, "use true, or a config without dropout")
+        plan_errors, _ = _attempt(lambda: tensor_plan(blueprint) if recipe.parallel.tensor > 1 else {})
+        yield from plan_errors or group_errors(recipe, blueprint)
+        if recipe.parallel.tensor > 1 and not recipe.parallel.sequence and blueprint.drops_hidden_states:
+            constraint = "lets each tensor rank drop other elements of the hidden states that they share"
+            yield FieldError("parallel.sequence", "false", constraint, "use true, or a config without dropout")
 
 
 def _teacher_errors(recipe: Recipe, student: PretrainedConfig) -> Iterator[UserError]:

@@ -32,6 +32,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
             "distill": None,
             "lora": None,
             "prune": None,
+            "quantize": None,
         }
     )
 

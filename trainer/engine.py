@@ -22,6 +22,7 @@ from cuboid.parallel.gradients import TiedWeights, clip, close_sums, local, squa
 from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
+from cuboid.parallel.quantization import FakeQuantization
 from cuboid.parallel.stages import Stage
 from cuboid.parallel.structures import influence
 from cuboid.trainer.data import Batch
@@ -70,6 +71,8 @@ class Engine(ABC):
     """Of a model that has any."""
     teacher: Teacher | None = None
     """Whose logits the loss of a step takes."""
+    quantization: FakeQuantization | None = None
+    """Where linears compute with rounded weights."""
     averaged_over: int = 1
     """Ranks over which gradients are averaged and not summed: each rank's loss is that many times larger."""
     saves_frozen: bool = True
@@ -111,6 +114,11 @@ class Engine(ABC):
     @abstractmethod
     def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on after ``step`` updates with the values that were loaded into what `tensors` gave."""
+
+    def begin_step(self, step: int) -> None:
+        """Before the step of this number: what it computes with is rounded, where the recipe says so from it on."""
+        if self.quantization:
+            self.quantization.begin(step)
 
     def prune(self, step: int, batch: Batch) -> float | None:
         """Before the step of this number: zero what is to be zero from now on, where the recipe says so; ``batch`` is

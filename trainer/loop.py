@@ -106,6 +106,9 @@ def train_step(run: Run) -> StepResult:
     torch.manual_seed(_seed(recipe.seed, step, *run.block.coordinate))
     batch = run.dataset.batch(recipe.batch_plan.samples(step, run.block.coordinate.data))
     prune(run, step, batch)
+    if recipe.quantize is not None and step == recipe.quantize.start_step:
+        compare_rounding(run)
+    run.engine.begin_step(step)
     try:
         result = run.engine.step(batch, learning_rate=rate, told=[_wants_to_stop(run), *run.recorder.memory_by_rank()])
     except NotFinite as error:
@@ -121,6 +124,8 @@ def train_step(run: Run) -> StepResult:
         pipeline=run.engine.pipeline,
         evaluation=partial(evaluate, run, run.held_out) if run.held_out and _evaluation_is_due(run) else None,
     )
+    if step == recipe.train.steps:
+        compare_rounding(run)
     return result
 
 
@@ -135,6 +140,21 @@ def prune(run: Run, step: int, batch: Batch) -> None:
     losses |= {"eval_loss_after": evaluate(run, compared)[0]} if compared else {}
     if run.block.rank == 0:
         run.recorder.event("prune", step=step, method=settings.method, zeros=share, **losses)
+
+
+def compare_rounding(run: Run) -> None:
+    """Where weights are rounded in training: tell the held-out loss with whole weights and with rounded ones, before
+    the first step that is computed so (what rounding after training would cost) and after the last."""
+    settings, quantization = run.recipe.quantize, run.engine.quantization
+    if settings is None or quantization is None or run.held_out is None:
+        return
+    losses = {}
+    for name, is_on in (("eval_loss_whole", False), ("eval_loss_rounded", True)):
+        quantization.is_on = is_on
+        losses[name], _ = evaluate(run, run.held_out)
+    if run.block.rank == 0:
+        learned = run.step >= settings.start_step
+        run.recorder.event("quantize", step=run.step, scheme=settings.scheme, learned=learned, **losses)
 
 
 def evaluate(run: Run, held_out: Dataset | Mixture) -> tuple[float, int]:

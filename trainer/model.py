@@ -15,6 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.expert import choice
+from cuboid.parallel.quantization import linears
 from cuboid.parallel.stages import Anatomy, Costs, Masks
 from cuboid.parallel.tensor import Plan, Role, adapted, pattern
 from cuboid.trainer.plans import USE_PROVEN, part_names, tensor_styles
@@ -306,6 +307,16 @@ def prunable(blueprint: Blueprint, modules: Sequence[str] | None) -> dict[str, t
         name: parameter.shape
         for name, parameter in blueprint.model.named_parameters()
         if name.startswith(layers) and parameter.dim() == 2 and (modules is None or name.split(".")[-2] in modules)
+    }
+
+
+def local_inputs(blueprint: Blueprint, tensor: int) -> dict[str, int]:
+    """By the last names of the linears that `quantize` rounds, such as down_proj: how many inputs a tensor rank has."""
+    plan = tensor_plan(blueprint) if tensor > 1 else {}
+    cut = (Role.ROW, Role.ROW_CUT)
+    return {
+        name.rpartition(".")[2]: linear.in_features // (tensor if plan.get(pattern(name)) in cut else 1)
+        for name, linear in linears(blueprint.model, head=blueprint.anatomy.head)
     }
 
 

@@ -20,6 +20,7 @@ from cuboid.trainer.low_rank_format import is_low_rank, load_low_rank, read_low_
 from cuboid.trainer.manifest import MANIFEST
 from cuboid.trainer.publish import discard
 from cuboid.trainer.recipe import Recipe, validated
+from cuboid.trainer.recipe_quantize import QuantizeSettings
 from cuboid.trainer.restore import read_facts
 
 Config: TypeAlias = transformers.PretrainedConfig
@@ -69,6 +70,14 @@ def finished(source: Path, *, beside: Path) -> Iterator[Finished]:
         yield Finished(passing, exported, recipe)
     finally:
         discard(passing)
+
+
+def trained_rounding(source: Path) -> QuantizeSettings | None:
+    """What the run of ``source`` was trained to bear; None where it is a folder, or another run."""
+    if is_model_folder(source):
+        return None
+    recipe, _ = validated(read_facts(inspection.resolve(source))["recipe"])
+    return recipe.quantize if recipe else None
 
 
 def read_config(folder: Path) -> Config:

@@ -32,6 +32,7 @@ from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWeights
+from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.structures import structures
 from cuboid.trainer.tokenizer import open_tokenizer
@@ -75,6 +76,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     model.to(blueprint.compute)
     balance = PlainBalance(model, recipe.moe or MoeSettings())
     pruning = _pruning(recipe, blueprint, masters, model)
+    quantization = recipe.quantize and PlainQuantization(model, recipe.quantize, head=blueprint.anatomy.head)
     settings = recipe.optimizer
     groups = [
         {
@@ -90,6 +92,8 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
         rows = recipe.batch_plan.microbatch_size
         if pruning:
             pruning.begin(step, partial(_compute, blueprint, model, masters, batch))
+        if quantization:
+            quantization.begin(step)
         losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
         if pruning:
             pruning.mask_gradients()

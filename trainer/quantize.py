@@ -1,4 +1,4 @@
-"""The torchao door: weights of linear layers rounded to 8 or 4 bits after training.
+"""The torchao door: weights of linear layers rounded to 8 or 4 bits, after training or while it goes on.
 
 To the nearest of evenly spaced values (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient
 inference", section 2): in 8 bits symmetric with a scale a row, in 4 bits with a scale and a zero point a group; 4 bits
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import transformers
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from cuboid.parallel.errors import FieldError, UserError, one_of
 from cuboid.parallel.layout import divisors
+from cuboid.parallel.quantization import Rounding
 from cuboid.trainer.calibration import Calibration, visit_linears
 from cuboid.trainer.data import Batch
 from cuboid.trainer.gptq import gptq
 from cuboid.trainer.model_folder import Config, Model, linears, load_model, on_meta, quietly
+from cuboid.trainer.recipe_quantize import GROUP_SIZE, QuantizeSettings
 
-GROUP_SIZE = 32
 _SMALLEST_GROUP = 8
 
 
@@ -39,6 +40,25 @@ class Quantization:
     """The head too; the embedding always stays, which torchao does not round here."""
     calibration: Calibration | None = None
     """For `gptq`, in 4 bits, of all but the head; None: to nearest."""
+
+    @classmethod
+    def of(cls, settings: QuantizeSettings) -> Self:
+        """What a recipe trains for."""
+        return cls(bits=8 if settings.scheme == "int8" else 4, group_size=settings.inputs_together or GROUP_SIZE)
+
+    def rounding(self) -> Rounding:
+        """What training computes with: torchao's own tensors, as `apply` makes them, and their values."""
+        from torchao.quantization import quantize_
+
+        config = self._config()
+
+        def rounded(weight: torch.Tensor) -> torch.Tensor:
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            quantize_(layer, config)
+            return layer.weight.dequantize()
+
+        return Rounding(rounded, by_row=self.bits == 8)
 
     def check(self, config: Config) -> None:
         """Raises FieldError where a matrix cannot be divided into groups, or what is asked for is not there."""
@@ -94,7 +114,8 @@ class Quantization:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerGroup
 
         if self.bits == 8:
-            return Int8WeightOnlyConfig()
+            # else torchao sets the precision of every matrix product of the process
+            return Int8WeightOnlyConfig(set_inductor_config=False)
         # Int4WeightOnlyConfig packs two to a byte, for kernels of GPUs: no CPU multiplies with its tensors
         four_bits = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
         return IntxWeightOnlyConfig(

@@ -19,7 +19,6 @@ from cuboid.trainer.recipe_distill import DistillSettings
 from cuboid.trainer.recipe_fields import (
     Count,
     CountOrZero,
-    Later,
     Momentum,
     NotNegative,
     Number,
@@ -29,6 +28,7 @@ from cuboid.trainer.recipe_fields import (
     Text,
 )
 from cuboid.trainer.recipe_lora import LoraSettings
+from cuboid.trainer.recipe_quantize import QuantizeSettings
 
 
 class ModelSettings(Settings):
@@ -323,8 +323,8 @@ class Recipe(Settings):
     """Balance of the experts; null: the defaults where the model has experts."""
     lora: LoraSettings | None = None
     """Low-rank adapters beside frozen weights; null: every weight is trained."""
-    quantize: Later = None
-    """Quantization."""
+    quantize: QuantizeSettings | None = None
+    """Quantization-aware training; null: nothing is rounded."""
     distill: DistillSettings | None = None
     """Distillation from a teacher; null: from labels alone."""
     prune: PruneSettings | None = None

@@ -34,7 +34,6 @@ class Offered:
         raise PydanticCustomError("cuboid", "not yet", {"constraint": self.reason, "remedy": remedy})
 
 
-Later = Annotated[dict[str, Any] | None, Offered((None,))]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from math import lcm
+from math import gcd, lcm
 from typing import TYPE_CHECKING, Any
 
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.depth import BY_LAYER
 from cuboid.trainer.model_config import known_keys
 from cuboid.trainer.recipe import ModelSettings, PruneSettings, Recipe
+from cuboid.trainer.recipe_quantize import QuantizeSettings
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
@@ -92,6 +93,7 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
             "moe": recipe.moe and recipe.moe.model_copy(update={"experts": None}),
             # what would be pruned later is pruned before the steps that are compared
             "prune": recipe.prune and _at_once(recipe.prune),
+            "quantize": recipe.quantize and _shrink_quantize(recipe.quantize, small, parallel.tensor),
             "model": ModelSettings(
                 config={**values, "model_type": config.model_type}, attention=recipe.model.attention
             ),
@@ -114,6 +116,13 @@ def _at_once(settings: PruneSettings) -> PruneSettings:
     if settings.is_structured:  # of few heads, channels and layers half may always go
         update |= {"ratio": max(settings.ratio, 0.5), "multiple": 1 if settings.method == "channels" else None}
     return settings.model_copy(update=update)
+
+
+def _shrink_quantize(settings: QuantizeSettings, small: PretrainedConfig, tensor: int) -> QuantizeSettings:
+    """Rounded from the first step on, in groups that the small layers' inputs divide into on each tensor rank."""
+    together = settings.inputs_together
+    smaller = together and gcd(together, _HEAD, small.intermediate_size // tensor)
+    return settings.model_copy(update={"group_size": smaller, "start_step": 1})
 
 
 _NOT_VALUES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map")
