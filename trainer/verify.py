@@ -121,9 +121,9 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
         for step, batch in enumerate(expected.batches, start=1):
             share = recipe.train.global_batch // block.layout.data
             rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
-            own = Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
-            engine.prune(step, own)
-            result = engine.backward(own)
+            mine = Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
+            engine.prune(step, mine)
+            result = engine.backward(mine)
             losses.append(_relative(result.loss, expected.losses[step - 1]))
             norms.append(_relative(result.grad_norm, expected.grad_norms[step - 1]))
             if step == 1:
