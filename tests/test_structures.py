@@ -99,20 +99,18 @@ def influences_of(case: Case, weights: Mapping[str, torch.Tensor]) -> list[float
         return parallel_structures.influence(stages, lambda: engine.evaluate([mine]), engine.block).tolist()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(2, 2, 2),
-        pytest.param(Case(1, 2, 2, sequence=False, activation_checkpointing="full"), marks=pytest.mark.full),
-    ],
-    ids=str,
-)
+TOKENS_WHOLE = Case(1, 2, 2, sequence=False, activation_checkpointing="full")
+
+
+@pytest.mark.parametrize("case", [Case(2, 2, 2), pytest.param(TOKENS_WHOLE, marks=pytest.mark.full)], ids=str)
 def test_layers_are_judged_by_the_tokens_of_all_ranks(case: Case) -> None:
     model, wanted = one_process(case), []
+
+    def judge(_: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        wanted.append(1 - cosine_similarity(args[0], output, dim=-1).mean().item())
+
     for layer in model.model.layers:
-        layer.register_forward_hook(
-            lambda _, args, output: wanted.append(1 - cosine_similarity(args[0], output, dim=-1).mean().item())
-        )
+        layer.register_forward_hook(judge)
     with torch.no_grad():
         logits_of(model, make_batch(0))
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
