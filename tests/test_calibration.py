@@ -183,6 +183,23 @@ def test_families_are_asked(tmp_path: Path, family: str) -> None:
         assert made.calibration == f"512 tokens of {TEXT}"
 
 
+@pytest.mark.full
+def test_weights_in_bfloat16_are_rounded(folder: Path, tmp_path: Path) -> None:
+    """Their scales are bfloat16 too, and the errors those of the values that are stored."""
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    whole.save_pretrained(source)
+    ids = torch.tensor(list(Path(TEXT).read_bytes()[:512])).view(8, 64)
+    exact, moved = whole(ids).logits.float(), []
+    for name, asked in (("nearest", None), ("gptq", Calibration(TEXT, samples=8))):
+        compress(source, tmp_path / name, Quantization(4, group_size=8, calibration=asked))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert model.get_submodule("model.layers.0.mlp.down_proj").weight.scale.dtype is torch.bfloat16
+        moved.append((model(ids).logits.float() - exact).norm())
+    assert moved[1] < 0.9 * moved[0]
+
+
 def test_the_text_is_told_and_refused_in_words(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("All that is gold.")
     (tmp_path / "held-out.txt").write_text(Path(OTHER).read_text())
