@@ -114,6 +114,8 @@ class Case:
     capacity_factor: float | None = None
     teacher: str | None = None
     """A folder."""
+    top_k: int | None = None
+    """Of the teacher's likeliest tokens."""
     prune: str | None = None
     """A method."""
     lora: str = "none"
@@ -123,7 +125,7 @@ class Case:
         words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += [self.prune] if self.prune else []
-        words += ["taught"] * (self.teacher is not None)
+        words += [f"taught{f'-top{self.top_k}' if self.top_k else ''}"] * (self.teacher is not None)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
@@ -139,6 +141,7 @@ class Case:
         parallel.pop("capacity_factor")
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
         parallel.pop("lora")
+        top_k = parallel.pop("top_k")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -147,7 +150,7 @@ class Case:
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
                 "moe": moe,
-                "distill": teacher and {"teacher": teacher, **TEACHING},
+                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING},
                 "prune": method and {"method": method, **PRUNING[method]},
                 "lora": LORA[self.lora],
                 "optimizer": {
@@ -161,7 +164,7 @@ class Case:
         )
 
 
-OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", "teacher", "prune", "lora")
+OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", "teacher", "top_k", "prune", "lora")
 """What of a case changes the numbers that are wanted of every mesh."""
 
 
