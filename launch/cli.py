@@ -168,6 +168,16 @@ def verify(
 
 
 @app.command()
+def teach(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Write a teacher's likeliest tokens into distill.cache, so that training needs not run it."""
+    with told():
+        from cuboid.launch import teach as teaching
+
+        code = teaching.teach(recipe, overrides or ())
+    raise typer.Exit(code)
+
+
+@app.command()
 def data(
     recipe: RecipeName,
     overrides: Overrides = None,

@@ -10,19 +10,21 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cuboid.launch import worker
 from cuboid.launch.failures import STOPPED, shown
 from cuboid.launch.run_folder import newest_step, open_run_folder
 from cuboid.parallel.errors import UserError
-from cuboid.trainer.check import check, local_devices, resolve_devices, runs_elsewhere
+from cuboid.trainer.check import Devices, check, local_devices, resolve_devices, runs_elsewhere
 from cuboid.trainer.check_engine import compile_notice
 from cuboid.trainer.inspection import listing
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_file import read_recipe
 from cuboid.trainer.runlog import METRICS, read_events
+
+Check = Callable[[Recipe, Devices | None], None]
 
 
 def train(name: str, overrides: Sequence[str], *, resume: bool | None) -> int:
@@ -82,8 +84,8 @@ def this_command() -> str:
     return shlex.quote(path if os.sep in path else os.path.join(os.curdir, path))
 
 
-def checked_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """The resolved recipe; raises UserErrors with the file and line of each field that is wrong."""
+def checked_recipe(name: str, overrides: Sequence[str], *, check: Check = check) -> Recipe:
+    """The resolved recipe; raises UserErrors with the file and line of each field that is wrong by ``check``."""
     source = read_recipe(name, overrides)
     recipe = source.recipe()
     try:

@@ -129,6 +129,8 @@ class Case:
     capacity_factor: float | None = None
     teacher: str | None = None
     """A folder."""
+    top_k: int | None = None
+    """Of the teacher's likeliest tokens."""
     prune: str | None = None
     """A method."""
     quantize: str | None = None
@@ -141,7 +143,7 @@ class Case:
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += [self.prune] if self.prune else []
         words += [self.quantize] if self.quantize else []
-        words += ["taught"] * (self.teacher is not None)
+        words += [f"taught{f'-top{self.top_k}' if self.top_k else ''}"] * (self.teacher is not None)
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
@@ -157,7 +159,7 @@ class Case:
         parallel.pop("capacity_factor")
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
         parallel.pop("lora")
-        quantize = parallel.pop("quantize")
+        quantize, top_k = parallel.pop("quantize"), parallel.pop("top_k")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -166,7 +168,7 @@ class Case:
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
                 "moe": moe,
-                "distill": teacher and {"teacher": teacher, **TEACHING},
+                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING},
                 "prune": method and {"method": method, **PRUNING[method]},
                 "quantize": quantize and QUANTIZE[quantize],
                 "lora": LORA[self.lora],
@@ -181,7 +183,10 @@ class Case:
         )
 
 
-OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", "teacher", "prune", "quantize", "lora")
+OF_ONE_PROCESS = (
+    *("family", "tied", "layers", "frozen", "capacity_factor"),
+    *("teacher", "top_k", "prune", "quantize", "lora"),
+)
 """What of a case changes the numbers that are wanted of every mesh."""
 
 

@@ -31,6 +31,7 @@ from cases import (
     Case,
 )
 from harness import run_ranks
+from taught import divergence
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -116,15 +117,12 @@ def logits_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     ).logits
 
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) at the temperature, times its square, summed over valid tokens; token by token."""
-    temperature = TEACHING["temperature"]
-    student, teacher = (F.log_softmax(logits[valid] / temperature, -1) for logits in (student, teacher))
-    return temperature**2 * (teacher.exp() * (teacher - student)).sum()
-
-
 def backward(
-    model: nn.Module, batch: Batch, balance: PlainBalance | None = None, teacher: nn.Module | None = None
+    model: nn.Module,
+    batch: Batch,
+    balance: PlainBalance | None = None,
+    teacher: nn.Module | None = None,
+    top_k: int | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss of the whole batch, a mean over all valid tokens, and the gradient of each parameter that is trained;
     ``balance`` is of a model with experts."""
@@ -136,7 +134,7 @@ def backward(
         with torch.no_grad():
             wanted = logits_of(teacher, batch)
         share = TEACHING["weight"]
-        loss = (1 - share) * loss + share * divergence(logits, wanted, batch.labels != IGNORE)
+        loss = (1 - share) * loss + share * divergence(logits, wanted, batch.labels != IGNORE, top_k)
     count = int((batch.labels != IGNORE).sum())
     loss = loss / count
     (loss + balance.loss(batch.labels, count) if balance else loss).backward()
@@ -181,7 +179,7 @@ def _reference(case: Case) -> Reference:
             pruning.begin(step, partial(logits_of, model, batch))
         if quantization:
             quantization.begin(step)
-        loss, of_step = backward(model, batch, balance, taught_by)
+        loss, of_step = backward(model, batch, balance, taught_by, case.top_k)
         if pruning:
             pruning.mask_gradients()
             of_step = {name: p.grad.clone() for name, p in trained.items()}

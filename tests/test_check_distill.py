@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
-from test_check import LLAMA, complaints, recipe
+from test_check import CPU, LLAMA, complaints, recipe
 from transformers import CONFIG_MAPPING
+
+from cuboid.parallel.errors import UserErrors
+from cuboid.trainer.check import check_teacher, resolve_devices
+
+CACHED = {"cache": "cache", "top_k": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +37,9 @@ def teacher(**values):
         ),
         (
             {"model_type": "mixtral", "num_local_experts": 4},
-            {},
-            "distill.teacher=teacher is a mixtral with experts, which teach nobody yet; use a dense teacher",
+            {"tensor": 2, "sequence": False},
+            "parallel.sequence=false gives all tensor ranks the same tokens, and each would send them to the experts "
+            "(distill.teacher=teacher); use true, or parallel.tensor=1",
         ),
         (
             {"num_attention_heads": 8, "num_key_value_heads": 1},
@@ -62,6 +68,48 @@ def teacher(**values):
 def test_what_does_not_go_together(values, parallel, told):
     (line,) = complaints(recipe(distill=teacher(**values), parallel=parallel))
     assert told in line
+
+
+def test_more_of_the_likeliest_tokens_than_there_are():
+    (line,) = complaints(recipe(distill=teacher() | {"top_k": 264}))
+    assert line == "distill.top_k=264 leaves none of the 264 tokens over; use at most 263, or null for all"
+
+
+def test_with_a_cache_the_teacher_need_not_fit_on_the_mesh():
+    parallel = {"pipeline": 4, "microbatches": 4}
+    (line,) = complaints(recipe(distill=teacher(num_hidden_layers=2) | CACHED, parallel=parallel))
+    assert line.startswith("distill.cache=cache holds no predictions of a teacher; write them first: cuboid teach")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel", "told"),
+    [
+        (None, {}, "distill=null names no teacher; give distill.teacher, distill.top_k and distill.cache"),
+        ({"top_k": 8}, {}, "distill.cache=null names no folder to write; give a new folder"),
+        ({"cache": "cache"}, {}, "distill.top_k=null would write the whole vocabulary of each token; give a number"),
+        (
+            {"cache": ".", "top_k": 8},
+            {},
+            "distill.cache=. is there, and is not what cuboid teach has written; give a new",
+        ),
+        (
+            {"cache": "cache", "top_k": 8},
+            {"pipeline": 4, "microbatches": 4},
+            "parallel.pipeline=4 makes 4 stages, more than num_hidden_layers=3 (distill.teacher=teacher); use at most",
+        ),
+    ],
+)
+def test_what_cannot_be_taught(changes, parallel, told):
+    distill = changes and teacher(num_hidden_layers=3) | changes
+    with pytest.raises(UserErrors) as caught:
+        check_teacher(resolve_devices(recipe(distill=distill, parallel=parallel), CPU), CPU)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(told)
+
+
+def test_a_student_that_does_not_fit_on_its_teachers_mesh_may_be_taught():
+    distill, parallel = teacher(num_hidden_layers=8) | CACHED, {"pipeline": 8, "microbatches": 8}
+    check_teacher(resolve_devices(recipe(distill=distill, parallel=parallel), CPU), CPU)
 
 
 def test_a_teacher_that_is_not_there():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,16 @@ from cuboid.parallel import distillation
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    """Tied or not -> folder. Of another family, with larger logits, so that it knows more than its students."""
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
+    """Tied or not, or with experts -> folder. Of another family, with larger logits, so that it knows more than its
+    students."""
+    models = {tied: one_process(Case(family="qwen3", tied=tied)) for tied in (False, True)}
     folders = {}
-    for tied in (False, True):
-        model = one_process(Case(family="qwen3", tied=tied))
+    for kind, model in (models | {"experts": one_process(Case(family="mixtral"))}).items():
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(12)
-        folders[tied] = str(tmp_path_factory.mktemp("teacher"))
-        model.save_pretrained(folders[tied])
+        folders[kind] = str(tmp_path_factory.mktemp("teacher"))
+        model.save_pretrained(folders[kind])
     return folders
 
 
@@ -31,6 +33,7 @@ CELLS = [
     Case(1, 2, 1),
     Case(2, 2, 2, "1f1b", tied=True),
     Case(2, 1, 1, "zbv", tied=True, shard=False),
+    Case(2, 1, 2, "interleaved_1f1b", tied=True, top_k=5),
 ]
 MORE_CELLS = [
     Case(2, 1, 2, "interleaved_1f1b", sequence=False),
@@ -45,30 +48,38 @@ MORE_CELLS = [
     Case(2, 1, 2, "interleaved_1f1b", prune="layers"),
     ZeroCase(1, 2, 1, zero_stage=2),
     ZeroCase(2, 2, 1, zero_stage=1),
+    Case(1, 2, 2, tied=True, top_k=70),  # more than a rank's part of the vocabulary holds
+    ZeroCase(2, 2, 1, zero_stage=1, top_k=1),
 ]
 
 
 @pytest.mark.parametrize(
     "case", [*CELLS, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_CELLS)], ids=str
 )
-def test_mesh_equals_one_process(case: Case, teachers: dict[bool, str]) -> None:
+def test_mesh_equals_one_process(case: Case, teachers: dict[Any, str]) -> None:
     case = replace(case, teacher=teachers[case.tied])
     ranks = difference(case)
     assert_same_numbers(case, ranks)
     assert all("teacher" not in name for rank in ranks for name in rank.seen), "only the student is trained and saved"
 
 
-def test_a_teacher_whose_rows_are_mixed_up_is_found(teachers: dict[bool, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.full
+def test_experts_teach_a_dense_student(teachers: dict[Any, str]) -> None:
+    case = Case(2, 2, 2, teacher=teachers["experts"])
+    assert_same_numbers(case, difference(case))
+
+
+def test_a_teacher_whose_rows_are_mixed_up_is_found(teachers: dict[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, 1, 1, teacher=teachers[False])
     expected = reference(case)
     take = distillation.LogitsKept.take
-    monkeypatch.setattr(distillation.LogitsKept, "take", lambda self: take(self).flip(0))
+    monkeypatch.setattr(distillation.LogitsKept, "take", lambda self: {"teacher": take(self)["teacher"].flip(0)})
     ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
     assert max(rank.gradient for rank in ranks) > 1e-2
 
 
 def test_a_teacher_of_which_each_rank_sees_its_own_words_is_found(
-    teachers: dict[bool, str], monkeypatch: pytest.MonkeyPatch
+    teachers: dict[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank's softmax over its part of the vocabulary alone."""
     case = Case(1, 1, 2, teacher=teachers[False])

@@ -137,7 +137,8 @@ def test_a_teacher_is_shrunk_too(verify: Verify, tmp_path: Path) -> None:
     config = transformers.Qwen3Config(hidden_size=96, vocab_size=264, num_attention_heads=8, num_key_value_heads=4)
     config.save_pretrained(tmp_path / "teacher")
     (tmp_path / "teacher/model.safetensors").touch()
-    code, printed = verify("distill={teacher: teacher, temperature: 2.0, weight: 0.7}", "parallel.schedule=zbv")
+    distill = "distill={teacher: teacher, temperature: 2.0, weight: 0.7, top_k: 9}"
+    code, printed = verify(distill, "parallel.schedule=zbv")
     assert code == 0, printed
     assert "with 0.7 of a teacher" in printed
 

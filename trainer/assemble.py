@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cuboid.parallel.data import apply_data_parallel
-from cuboid.parallel.distillation import DistillationLoss, LogitsKept
+from cuboid.parallel.distillation import DistillationLoss, LargestKept, LogitsKept
 from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
 from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.local import localise
@@ -47,7 +47,8 @@ from cuboid.trainer.plans import stored_names
 from cuboid.trainer.prune import Pruner, StructurePruner
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.structures import structures
-from cuboid.trainer.teacher import Teacher
+from cuboid.trainer.teacher import LiveTeacher, Teacher
+from cuboid.trainer.teacher_cache import cached_teacher
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 
@@ -175,14 +176,27 @@ def _loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
 def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
     if recipe.distill is None:
         return None
-    recipe = teacher_recipe(recipe)
+    if recipe.distill.cache is None:
+        return live_teacher(recipe, block)
+    last = recipe.parallel.pipeline * virtual_stages(recipe) - 1
+    return cached_teacher(recipe, is_last=last in _stage_indices(recipe, block))
+
+
+def live_teacher(recipe: Recipe, block: Block) -> LiveTeacher:
+    """The model of `distill.teacher` on this block, which takes part in no training."""
+    settings, recipe = recipe.distill, teacher_recipe(recipe)
+    assert settings is not None
     blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention, compute=recipe.precision.compute)
     blueprint.model.requires_grad_(False)
-    stages = build_stages(recipe, block, blueprint, initial_weights(recipe, blueprint))
+    weights, experts = initial_weights(recipe, blueprint), _experts(recipe, block, blueprint)
+    stages = build_stages(recipe, block, blueprint, weights, experts)
     TiedWeights(stages, block).follow()
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     kept = LogitsKept()
-    return Teacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
+    if settings.top_k is not None:
+        group = block.mesh["tensor"].get_group()
+        kept = LargestKept(group, k=settings.top_k, temperature=settings.temperature)
+    return LiveTeacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
 
 
 def _quantization(recipe: Recipe, block: Block) -> FakeQuantization | None:

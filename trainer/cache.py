@@ -39,15 +39,15 @@ def cached(entry: Path, write: Callable[[Path], Facts]) -> Facts:
     Raises:
         UserError: what ``write`` raises, or the cache folder cannot be written.
     """
-    if facts := _whole(entry):
+    if facts := facts_of(entry):
         return facts
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with _lock(entry.with_suffix(".lock")):
-            facts = _whole(entry)
+            facts = facts_of(entry)
             if facts is None:
                 _build(entry, write)
-                facts = _whole(entry)
+                facts = facts_of(entry)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(
@@ -75,7 +75,7 @@ def say(words: str) -> None:
     sys.stderr.flush()
 
 
-def _whole(entry: Path) -> Facts | None:
+def facts_of(entry: Path) -> Facts | None:
     """The entry's facts, or None where there is none that is whole."""
     try:
         facts: Facts = json.loads((entry / "facts.json").read_bytes())

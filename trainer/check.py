@@ -20,7 +20,7 @@ from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
 from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_data import data_errors
-from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
+from cuboid.trainer.check_distill import as_of_teacher, cache_errors, teach_errors, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.check_prune import prunable_errors, prune_errors, structure_errors
@@ -133,6 +133,21 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
     errors += data_errors(recipe, config and config.vocab_size)
     if devices:  # a machine that only submits needs no tracker
         errors += _track_errors(recipe)
+    if errors:
+        raise UserErrors(errors)
+
+
+def check_teacher(recipe: Recipe, devices: Devices | None) -> None:
+    """`check` for a command that runs the recipe's teacher alone: the student need not fit on its mesh."""
+    errors: list[UserError] = list(teach_errors(recipe))
+    if not errors:
+        own = teacher_recipe(recipe)
+        errors += as_of_teacher(recipe, _attempt(lambda: check(own, devices))[0])
+        found, config = _attempt(lambda: _config(recipe))
+        teacher = _attempt(lambda: _config(own))[1]
+        errors += found
+        if config is not None and teacher is not None:
+            errors += teacher_errors(recipe, config, teacher)
     if errors:
         raise UserErrors(errors)
 
@@ -332,8 +347,12 @@ def _teacher_errors(recipe: Recipe, student: PretrainedConfig) -> Iterator[UserE
     errors, config = _attempt(lambda: _config(own))
     if config is not None:
         yield from teacher_errors(recipe, student, config)
-        errors += [*_tensor_errors(own, config), *_stage_errors(own, config), *_model_errors(own, config)]
+        if recipe.distill.cache is None:  # else it does not run here
+            checks = _tensor_errors, _expert_errors, _stage_errors, _model_errors
+            errors += [error for check in checks for error in check(own, config)]
     yield from as_of_teacher(recipe, errors)
+    if not errors and not runs_elsewhere(recipe.launch):
+        yield from cache_errors(recipe)
 
 
 def _track_errors(recipe: Recipe) -> list[UserError]:

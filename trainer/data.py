@@ -41,6 +41,10 @@ class Batch:
     labels: Tensor
     position_ids: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same samples there."""
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device))
+
     def filled_up(self, rows: int) -> Batch:
         """[rows, T]: the same samples, and after them such as predict nothing, which add exact zeros to every sum."""
         missing, length = rows - len(self.labels), self.labels.shape[1]

@@ -70,7 +70,7 @@ class Engine(ABC):
     experts: Experts | None = None
     """Of a model that has any."""
     teacher: Teacher | None = None
-    """Whose logits the loss of a step takes."""
+    """Whose predictions the loss of a step takes."""
     quantization: FakeQuantization | None = None
     """Where linears compute with rounded weights."""
     averaged_over: int = 1
@@ -168,14 +168,13 @@ class Engine(ABC):
     def _through(self, run: Callable[..., Tensor | None], batch: Batch, *, tokens: int | None = None) -> float:
         """This rank's share of the loss, 0 away from the last stage; ``run`` is the pipeline's step or evaluation.
         ``tokens``, the valid ones of the global batch, comes with a step: layers with experts weigh sequences by it."""
-        device, ends, full = self.block.device, self.pipeline, batch.filled_up(self.pipeline.rows)
-        ids, positions = full.input_ids.to(device), full.position_ids.to(device)
-        told, targets = {}, {"labels": full.labels.to(device)}
+        ends, full = self.pipeline, batch.filled_up(self.pipeline.rows).to(self.block.device)
+        told, targets = {"position_ids": full.position_ids}, {"labels": full.labels}
         if self.experts and tokens is not None:
-            told["sequence_share"] = ((full.labels != IGNORE).sum(1).float() / max(tokens, 1)).to(device)
-        if self.teacher and tokens is not None and (logits := self.teacher.logits(ids, positions)) is not None:
-            targets["teacher_logits"] = logits
-        loss = run(ids if ends.is_first else None, targets if ends.is_last else None, position_ids=positions, **told)
+            told["sequence_share"] = (full.labels != IGNORE).sum(1).float() / max(tokens, 1)
+        if self.teacher and tokens is not None:
+            targets |= self.teacher.targets(full)
+        loss = run(full.input_ids if ends.is_first else None, targets if ends.is_last else None, **told)
         return 0.0 if loss is None else float(loss)
 
     def _count_tokens(self, labels: Tensor) -> int:

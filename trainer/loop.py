@@ -33,6 +33,7 @@ from cuboid.trainer.recorder import Recorder
 from cuboid.trainer.restore import read_facts
 from cuboid.trainer.resume import differences
 from cuboid.trainer.runlog import STOP_FILE
+from cuboid.trainer.teacher_cache import refuse_other_data
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
 from cuboid.trainer.version import version
@@ -52,6 +53,8 @@ class Run:
     model_config: dict[str, Any]
     adapter: dict[str, Any] | None
     """Of an adapter run: what is trained, and the fingerprint of the frozen rest."""
+    teacher: str | None
+    """Fingerprint of the weights that teach."""
     versions: dict[str, str]
     """Of what computes; on rank 0."""
     dataset: Dataset | Mixture
@@ -191,6 +194,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     recorder.phase("data")
     blueprint, weights = prepared(recipe, blueprint)
     adapter = _adapter(recipe, blueprint)
+    teacher = _teacher(recipe, dataset)
     engine = assemble(recipe, block, blueprint, weights)
     recorder.phase("model")
     versions = _versions(recipe) if block.rank == 0 else {}
@@ -206,6 +210,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         block=block,
         model_config=config.to_dict(),
         adapter=adapter,
+        teacher=teacher,
         versions=versions,
         dataset=dataset,
         held_out=held_out,
@@ -245,6 +250,10 @@ def resume(run: Run) -> None:
     facts = read_facts(path)  # before the tensors: a changed recipe is told by its field, not by a tensor's shape
     if wrong := differences(facts["recipe"], run.recipe):
         raise UserErrors(wrong)
+    taught_by = facts.get("teacher", run.teacher)  # older checkpoints do not say
+    if taught_by != run.teacher:
+        words = f"the teacher (fingerprint {str(run.teacher)[:12]}) is not {path.name}'s ({str(taught_by)[:12]})"
+        raise UserError(f"{words}; bring the old files back, or start anew with --fresh")
     if run.adapter is not None and facts["adapter"]["base"] != run.adapter["base"]:
         words = f"the model in {run.recipe.model.pretrained} is not the one whose adapter {path.name} holds"
         raise UserError(f"{words} (other weights); bring the old files back, or start anew with --fresh")
@@ -272,6 +281,7 @@ def save(run: Run) -> None:
         "recipe": run.recipe.model_dump(mode="json"),
         "model_config": run.model_config,
         **({"adapter": run.adapter} if run.adapter else {}),
+        **({"teacher": run.teacher} if run.teacher else {}),
         "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
         "eval_loss": run.evaluated,
         "versions": run.versions,
@@ -314,6 +324,17 @@ def _adapter(recipe: Recipe, blueprint: Blueprint) -> dict[str, Any] | None:
     _same_on_every_rank("the frozen model's fingerprint", base or "")
     settings = settings_of(recipe.lora).model_dump(mode="json")
     return {"base": base, "settings": settings, **trained_share(blueprint)}
+
+
+def _teacher(recipe: Recipe, dataset: Dataset | Mixture) -> str | None:
+    """Fingerprint of the teacher's files, the same on every rank."""
+    if recipe.distill is None:
+        return None
+    found = fingerprint(local_folder(recipe.distill.teacher))
+    _same_on_every_rank("the teacher's fingerprint", found)
+    if recipe.distill.cache is not None:
+        refuse_other_data(recipe, dataset)
+    return found
 
 
 def _save_is_due(run: Run, *, last: bool) -> bool:

@@ -173,10 +173,19 @@ def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | Non
     def taught(batch: Batch, logits: Tensor, from_labels: Tensor) -> Tensor:
         both = (logits, _logits(teacher, blueprint, batch))
         student, wanted = (F.log_softmax(each / settings.temperature, -1) for each in both)
+        if settings.top_k is not None:
+            ids = wanted.topk(settings.top_k).indices
+            student, wanted = (_with_rest(each, ids) for each in (student, wanted))
         divergence = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE].sum()
         return (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
 
     return taught
+
+
+def _with_rest(log_probabilities: Tensor, ids: Tensor) -> Tensor:
+    """Of these tokens, and of all others together."""
+    rest = log_probabilities.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_probabilities.gather(-1, ids), rest], -1)
 
 
 def _pruning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuboid.trainer.recipe_fields import Positive, PositiveShare, Settings, Text
+from cuboid.trainer.recipe_fields import Count, Positive, PositiveShare, Settings, Text
 
 
 class DistillSettings(Settings):
@@ -14,3 +14,7 @@ class DistillSettings(Settings):
     """Divides both models' logits before they are compared; above 1 the teacher's less likely tokens count more."""
     weight: PositiveShare = 0.5
     """Share of the teacher in the loss; the rest is the labels'."""
+    top_k: Count | None = None
+    """Compare so many of the teacher's likeliest tokens, and all others as one; null: every token."""
+    cache: Text | None = None
+    """Folder that `cuboid teach` has written: what is compared is read, and the teacher does not run; null: it runs."""

@@ -21,6 +21,7 @@ MAY_DIFFER = (
     "train.eval_batches",
     "data.eval_path",
     "data.eval_split",
+    "distill.cache",
 )
 """Settings of the mesh, the launch and the logs: they change no sample and no number beyond rounding."""
 

@@ -1,28 +1,36 @@
-"""The teacher of a distillation: a frozen model over the same ranks as the student."""
+"""The teacher of a distillation: a frozen model over the same ranks as the student, or what it said before."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cuboid.parallel.distillation import LogitsKept
 from cuboid.parallel.pipeline import Pipeline
+from cuboid.trainer.data import Batch
+
+
+class Teacher(Protocol):
+    """What a step learns from beside the labels."""
+
+    def targets(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What `DistillationLoss` takes of the samples [rows, T] of ``batch``, on their device, on the rank with the
+        last stage; nothing elsewhere. All ranks ask together."""
 
 
 @dataclass(frozen=True)
-class Teacher:
+class LiveTeacher:
     """``pipeline`` has the student's schedule, so that both have their last stage on the same rank."""
 
     pipeline: Pipeline
     kept: LogitsKept
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-        """[rows, T, v] for ids and positions [rows, T] on the rank with the last stage, and None elsewhere."""
-        rows = torch.arange(len(input_ids))
+    def targets(self, batch: Batch) -> Mapping[str, Tensor]:
         ends = self.pipeline
-        ends.evaluate(
-            input_ids if ends.is_first else None, {"rows": rows} if ends.is_last else None, position_ids=position_ids
-        )
-        return self.kept.take() if ends.is_last else None
+        rows = {"rows": torch.arange(len(batch.labels))} if ends.is_last else None
+        ends.evaluate(batch.input_ids if ends.is_first else None, rows, position_ids=batch.position_ids)
+        return self.kept.take() if ends.is_last else {}

@@ -106,7 +106,10 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     # of another seed: a teacher that says the same as its student teaches nothing
     of_teacher = shrink_recipe(teacher, config_of(teacher)).model_copy(update={"seed": recipe.seed + 1})
     whole_with_values(of_teacher, undropped_blueprint(of_teacher)).save_pretrained(folder / "teacher")
-    return small.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": str(folder / "teacher")})})
+    # what was written of another teacher is not read; of a small vocabulary fewer tokens are the likeliest
+    top_k = recipe.distill.top_k and min(recipe.distill.top_k, config_of(small).vocab_size // 2)
+    changes = {"teacher": str(folder / "teacher"), "cache": None, "top_k": top_k}
+    return small.model_copy(update={"distill": recipe.distill.model_copy(update=changes)})
 
 
 def comparable(recipe: Recipe) -> Recipe:
