@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -18,11 +21,13 @@ from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.pipeline import Loss, Pipeline
+from cuboid.parallel.preference import LogProbabilitiesKept, PreferenceLoss
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.check_distill import teacher_recipe
+from cuboid.trainer.check_preference import reference_recipe
 from cuboid.trainer.engine import Engine, NativeEngine
 from cuboid.trainer.model import (
     DTYPES,
@@ -39,14 +44,18 @@ from cuboid.trainer.model import (
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.plans import stored_names
+from cuboid.trainer.preference import Preference
 from cuboid.trainer.prune import Pruner
 from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.recipe_preference import ADAPTER
 from cuboid.trainer.teacher import Teacher
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 
 def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Engine:
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
+    # before the model's own stages, which are cut out of the blueprint
+    reference = _reference(recipe, block, blueprint, weights)
     experts = _experts(recipe, block, blueprint)
     stages = build_stages(recipe, block, blueprint, weights, experts)
     parameters = named_parameters(stages)
@@ -54,6 +63,9 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     tied.follow()
     loss, teacher = _loss(recipe, block), _teacher(recipe, block)
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    preference = None
+    if isinstance(loss, PreferenceLoss):
+        preference = _preference(recipe, block, loss, *(reference or (blueprint, numbered)))
     if recipe.parallel.engine == "deepspeed":
         os.environ["DS_ACCELERATOR"] = block.device.type  # read when deepspeed is first imported
         from cuboid.trainer.zero import ZeroEngine, divide
@@ -68,6 +80,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             experts=experts,
             tied=tied,
             teacher=teacher,
+            preference=preference,
             averaged_over=block.layout.data,
             zero=zero,
         )
@@ -79,6 +92,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         experts=experts,
         tied=tied,
         teacher=teacher,
+        preference=preference,
         # after the values: the optimizer works on views of the final shards
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
@@ -149,6 +163,8 @@ def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | No
 
 def _loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
     group = block.mesh["tensor"].get_group()
+    if (pairs := recipe.preference) is not None:
+        return PreferenceLoss(group, beta=pairs.beta, kind=pairs.loss, label_smoothing=pairs.label_smoothing)
     if recipe.distill is None:
         return SummedCrossEntropy(group)
     return DistillationLoss(group, temperature=recipe.distill.temperature, weight=recipe.distill.weight)
@@ -159,12 +175,48 @@ def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
         return None
     recipe = teacher_recipe(recipe)
     blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention, compute=recipe.precision.compute)
-    blueprint.model.requires_grad_(False)
-    stages = build_stages(recipe, block, blueprint, initial_weights(recipe, blueprint))
-    TiedWeights(stages, block).follow()
-    numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    stages = _frozen_stages(recipe, block, blueprint, initial_weights(recipe, blueprint))
     kept = LogitsKept()
-    return Teacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
+    return Teacher(_pipeline(recipe, block, blueprint, stages, kept), kept)
+
+
+def _reference(
+    recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto
+) -> tuple[Blueprint, Mapping[int, nn.Module]] | None:
+    """Blueprint and stages of a preference tuning's reference; None where it is no model of its own."""
+    if recipe.preference is None or recipe.preference.reference == ADAPTER:
+        return None
+    own = reference_recipe(recipe)
+    if recipe.preference.reference is None:
+        blueprint = replace(blueprint, model=copy.deepcopy(blueprint.model))
+    else:
+        compute, attention = own.precision.compute, own.model.attention
+        blueprint = draw_blueprint(config_of(own), attention=attention, compute=compute)
+        weights = initial_weights(own, blueprint)
+    return blueprint, _frozen_stages(own, block, blueprint, weights)
+
+
+def _frozen_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Mapping[int, nn.Module]:
+    """This rank's stages, by number, of a model that is only run forward."""
+    blueprint.model.requires_grad_(False)
+    stages = build_stages(recipe, block, blueprint, weights)
+    TiedWeights(stages, block).follow()
+    return dict(zip(_stage_indices(recipe, block), stages, strict=True))
+
+
+def _preference(
+    recipe: Recipe, block: Block, loss: PreferenceLoss, blueprint: Blueprint, stages: Mapping[int, nn.Module]
+) -> Preference:
+    """``stages`` and their blueprint are the reference's, or the trained model's with its adapters."""
+    kept = LogProbabilitiesKept(loss.group)
+    beneath: Callable[[], AbstractContextManager[None]] = nullcontext
+    if recipe.preference and recipe.preference.reference == ADAPTER:
+        from cuboid.trainer.adapters import switched_off
+
+        beneath = partial(switched_off, list(stages.values()))
+    return Preference(
+        loss=loss, reference=_pipeline(recipe, block, blueprint, stages, kept), kept=kept, beneath=beneath
+    )
 
 
 def _pruner(

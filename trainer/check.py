@@ -20,9 +20,10 @@ from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
 from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_data import data_errors
-from cuboid.trainer.check_distill import as_of_teacher, teacher_errors, teacher_recipe
+from cuboid.trainer.check_distill import as_of, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
+from cuboid.trainer.check_preference import own_reference, preference_errors, reference_errors, reference_recipe
 from cuboid.trainer.check_prune import prunable_errors, prune_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
 
@@ -113,6 +114,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *prune_errors(recipe),
         *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
+        *preference_errors(recipe),
         *best_errors(recipe),
         *_length_errors(recipe),
         *_folder_errors(recipe),
@@ -127,6 +129,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
             *_stage_errors(recipe, config),
             *_model_errors(recipe, config),
             *_teacher_errors(recipe, config),
+            *_reference_errors(recipe, config),
         ]
     errors += data_errors(recipe, config and config.vocab_size)
     if devices:  # a machine that only submits needs no tracker
@@ -325,12 +328,30 @@ def _teacher_errors(recipe: Recipe, student: PretrainedConfig) -> Iterator[UserE
     """The teacher stands on the same mesh and reads the same sequences."""
     if recipe.distill is None:
         return
-    own = teacher_recipe(recipe)
-    errors, config = _attempt(lambda: _config(own))
+    errors, config = _other_model(teacher_recipe(recipe))
     if config is not None:
         yield from teacher_errors(recipe, student, config)
+    yield from as_of("distill.teacher", recipe.distill.teacher, errors)
+
+
+def _reference_errors(recipe: Recipe, policy: PretrainedConfig) -> Iterator[UserError]:
+    """So does the reference of preference tuning, where it is a model of its own."""
+    if recipe.preference is None:
+        return
+    errors, config = [], policy
+    if (folder := own_reference(recipe)) is not None:
+        errors, config = _other_model(reference_recipe(recipe))
+        yield from as_of("preference.reference", folder, errors)
+    if config is not None:
+        yield from reference_errors(recipe, policy, config)
+
+
+def _other_model(own: Recipe) -> tuple[list[UserError], PretrainedConfig | None]:
+    """What is wrong with a second model on this mesh, by its own recipe; its config, where there is one."""
+    errors, config = _attempt(lambda: _config(own))
+    if config is not None:
         errors += [*_tensor_errors(own, config), *_stage_errors(own, config), *_model_errors(own, config)]
-    yield from as_of_teacher(recipe, errors)
+    return errors, config
 
 
 def _track_errors(recipe: Recipe) -> list[UserError]:
