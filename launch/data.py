@@ -53,7 +53,7 @@ def show(name: str, overrides: Sequence[str], *, number: int) -> None:
     except UserError as error:
         raise source.located(error) from None
     for sequence in range(number):
-        _print_sequence(console, found["training"], sequence, tokenizer)
+        _print_sequence(console, found["training"], sequence, tokenizer, paired=recipe.data.kind == "preference")
     for part, dataset in found.items():
         for entry, own in _sources(dataset):
             console.print(f"{part}{entry}: {_statistics(own)}", style=_SAID, markup=False, soft_wrap=True)
@@ -73,8 +73,9 @@ def _sources(dataset: Dataset | Mixture) -> Iterator[tuple[str, Dataset]]:
 def _statistics(dataset: Dataset) -> str:
     counts, facts = dataset.count(), dataset.facts
     filled = 1 - counts.tokens / (dataset.num_samples * dataset.sequence_length)
+    pairs = dataset.packs is not None and dataset.packs.paired
     words = [
-        f"{facts['documents']:,} documents",
+        f"{facts['documents'] // 2:,} pairs" if pairs else f"{facts['documents']:,} documents",
         f"{facts['tokens']:,} tokens",
         f"an epoch: {dataset.num_samples:,} sequences of {dataset.sequence_length}",
         f"{counts.predicted:,} tokens predicted ({counts.predicted / counts.tokens:.1%})",
@@ -92,7 +93,9 @@ class _Run(NamedTuple):
     text: str
 
 
-def _print_sequence(console: Console, dataset: Dataset | Mixture, number: int, tokenizer: Tokenizer) -> None:
+def _print_sequence(
+    console: Console, dataset: Dataset | Mixture, number: int, tokenizer: Tokenizer, *, paired: bool
+) -> None:
     batch = dataset.batch(range(number, number + 1))
     ids, labels, positions = (part[0].numpy() for part in (batch.input_ids, batch.labels, batch.position_ids))
     console.print(f"sequence {number + 1} of the run", style=_SAID, markup=False)
@@ -101,7 +104,10 @@ def _print_sequence(console: Console, dataset: Dataset | Mixture, number: int, t
         if run.document != document:
             document = run.document
             text.append("" if text.plain.endswith("\n") or not text else "\n")
-            text.append(f"--- document {document + 1}\n", _SAID)
+            name = f"document {document + 1}"
+            if paired:
+                name = f"pair {document // 2 + 1}, {'rejected' if document % 2 else 'chosen'}"
+            text.append(f"--- {name}\n", _SAID)
         if console.color_system:
             text.append(run.text, _PREDICTED if run.predicted else _MASKED)
         else:

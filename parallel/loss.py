@@ -30,27 +30,27 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     """Shoeybi et al. 2019, "Megatron-LM", section 3: only maxima, sums and target logits travel, never logits.
 
     Works chunk by chunk, so that float32 copies of the logits exist for ``chunk`` tokens only; the gradient takes the
-    logits' own dtype.
+    logits' own dtype. Gives the loss of each token, 0 where none is predicted.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_Nv: Tensor, labels_N: Tensor, group: ProcessGroup, chunk: int) -> Tensor:
         grad_Nv = torch.empty_like(logits_Nv)
-        total = logits_Nv.new_zeros((), dtype=torch.float32)
+        losses_N = logits_Nv.new_zeros(len(labels_N), dtype=torch.float32)
         for start in range(0, len(labels_N), chunk):
             rows = slice(start, start + chunk)
-            total += _cross_entropy_chunk(logits_Nv[rows], labels_N[rows], grad_Nv[rows], group)
+            losses_N[rows] = _cross_entropy_chunk(logits_Nv[rows], labels_N[rows], grad_Nv[rows], group)
         ctx.save_for_backward(grad_Nv)
-        return total
+        return losses_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_Nv,) = ctx.saved_tensors
-        return grad_Nv * grad.to(grad_Nv.dtype), None, None, None
+        return grad_Nv * grad_N.to(grad_Nv.dtype).unsqueeze(-1), None, None, None
 
 
 def _cross_entropy_chunk(logits_Nv: Tensor, labels_N: Tensor, grad_Nv: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum of the losses of some tokens; writes d(sum)/d(logits) into ``grad_Nv``."""
+    """The losses of some tokens [N]; writes d(their sum)/d(logits) into ``grad_Nv``."""
     valid = labels_N != IGNORE
     width = logits_Nv.shape[-1]
     local = labels_N - width * group.rank()
@@ -71,7 +71,7 @@ def _cross_entropy_chunk(logits_Nv: Tensor, labels_N: Tensor, grad_Nv: Tensor, g
     probabilities = exponentials.div_(sums.unsqueeze(-1))
     probabilities.scatter_add_(-1, column, -here.to(probabilities.dtype).unsqueeze(-1))
     grad_Nv.copy_(probabilities.mul_(valid.unsqueeze(-1)))
-    return ((sums.log() - target) * valid).sum()
+    return (sums.log() - target) * valid
 
 
 class SummedCrossEntropy:
@@ -88,7 +88,11 @@ class SummedCrossEntropy:
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits [B, T, v] and labels [B, T], a scalar."""
         assert self.num_valid_tokens > 0, "the step's token count must be set first"
-        total = _VocabularyParallelCrossEntropy.apply(
+        return self.of_tokens(logits, labels).sum() / self.num_valid_tokens
+
+    def of_tokens(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[B, T]: minus the log probability of each label, 0 where none is predicted."""
+        losses_N = _VocabularyParallelCrossEntropy.apply(
             logits.flatten(0, 1), labels.flatten(), self.group, self.chunk_tokens
         )
-        return total / self.num_valid_tokens
+        return losses_N.view(labels.shape)

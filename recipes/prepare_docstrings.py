@@ -1,7 +1,9 @@
 """make docstrings: conversations that ask for the docstring of a function, out of Python's own standard library.
 
 Each line of the files is {"module": ..., "messages": [user, assistant]}: the user shows the source of a function or
-method without its docstring, the assistant answers with the docstring. No download; the same for one Python release.
+method without its docstring, the assistant answers with the docstring. The files of preferences have {"module": ...,
+"prompt": [user], "chosen": [assistant], "rejected": [assistant]}: the worse answer is the next function's docstring.
+No download; the same for one Python release.
 """
 
 from __future__ import annotations
@@ -76,13 +78,28 @@ def is_held_out(module: str) -> bool:
 
 
 def line(pair: Pair) -> str:
+    return _line(pair, messages=[_asked(pair), _answered(pair)])
+
+
+def line_of_preference(pair: Pair, other: Pair) -> str:
+    return _line(pair, prompt=[_asked(pair)], chosen=[_answered(pair)], rejected=[_answered(other)])
+
+
+def _asked(pair: Pair) -> dict[str, str]:
     question = f"Write the docstring of this Python function.\n\n```python\n{pair.source}\n```"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": pair.docstring}]
-    return json.dumps({"module": pair.module, "messages": messages}, ensure_ascii=False) + "\n"
+    return {"role": "user", "content": question}
+
+
+def _answered(pair: Pair) -> dict[str, str]:
+    return {"role": "assistant", "content": pair.docstring}
+
+
+def _line(pair: Pair, **columns: object) -> str:
+    return json.dumps({"module": pair.module, **columns}, ensure_ascii=False) + "\n"
 
 
 def prepare(out: Path) -> None:
-    """Write train.jsonl and heldout.jsonl to ``out``, which appears only when both are whole."""
+    """Write train.jsonl, heldout.jsonl and the same of preferences to ``out``, which appears when all are whole."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -90,6 +107,8 @@ def prepare(out: Path) -> None:
     for name, held_out in (("train", False), ("heldout", True)):
         chosen = [pair for pair in found if is_held_out(pair.module) == held_out]
         (partial / f"{name}.jsonl").write_text("".join(map(line, chosen)), "utf-8")
+        beside = map(line_of_preference, chosen, [*chosen[1:], *chosen[:1]])
+        (partial / f"preferences-{name}.jsonl").write_text("".join(beside), "utf-8")
         print(f"{out / name}.jsonl: {len(chosen)} pairs of {len({pair.module for pair in chosen})} modules")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)

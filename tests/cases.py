@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -71,6 +72,11 @@ BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 
 TEACHING = {"temperature": 2.0, "weight": 0.7}
 
+PREFERENCE: dict[str, dict[str, Any]] = {
+    "sigmoid": {"beta": 0.3, "label_smoothing": 0.2},
+    "ipo": {"loss": "ipo", "beta": 0.4},
+}
+
 PRUNING: dict[str, dict[str, Any]] = {
     "magnitude": {"ratio": 0.7, "end_step": STEPS},
     "2:4": {"begin_step": 2},
@@ -136,6 +142,10 @@ class Case:
     quantize: str | None = None
     """Of `QUANTIZE`."""
     lora: str = "none"
+    preference: str | None = None
+    """A loss."""
+    reference: str | None = None
+    """Of preference tuning; a folder is a model of its own."""
 
     def __str__(self) -> str:
         words = [f"{self.pipeline}x{self.data}x{self.tensor}", self.schedule, self.family, f"m{self.microbatches}"]
@@ -144,6 +154,7 @@ class Case:
         words += [self.prune] if self.prune else []
         words += [self.quantize] if self.quantize else []
         words += [f"taught{f'-top{self.top_k}' if self.top_k else ''}"] * (self.teacher is not None)
+        words += [f"{self.preference}-against-{Path(self.reference or 'start').name}"] if self.preference else []
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
@@ -158,9 +169,12 @@ class Case:
         parallel.pop("frozen")
         parallel.pop("capacity_factor")
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
+        pairs, reference = parallel.pop("preference"), parallel.pop("reference")
         parallel.pop("lora")
         quantize, top_k = parallel.pop("quantize"), parallel.pop("top_k")
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
+        if moe and self.preference:
+            moe["bias_update"] = 0.0
         return Recipe.model_validate(
             {
                 "name": "parity",
@@ -171,6 +185,7 @@ class Case:
                 "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING},
                 "prune": method and {"method": method, **PRUNING[method]},
                 "quantize": quantize and QUANTIZE[quantize],
+                "preference": pairs and {"reference": reference, **PREFERENCE[pairs]},
                 "lora": LORA[self.lora],
                 "optimizer": {
                     "learning_rate": LEARNING_RATE,
@@ -185,7 +200,7 @@ class Case:
 
 OF_ONE_PROCESS = (
     *("family", "tied", "layers", "frozen", "capacity_factor"),
-    *("teacher", "top_k", "prune", "quantize", "lora"),
+    *("teacher", "top_k", "prune", "quantize", "lora", "preference", "reference"),
 )
 """What of a case changes the numbers that are wanted of every mesh."""
 

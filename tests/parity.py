@@ -6,10 +6,9 @@ import functools
 import logging
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -35,8 +34,8 @@ from taught import divergence
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from watch import Watch, Work
 
-from cuboid.parallel.gradients import local
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.adapters import inject, with_adapters
@@ -47,6 +46,7 @@ from cuboid.trainer.model import draw_blueprint, find_parts, whole_masks
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.optimizer import is_decayed
 from cuboid.trainer.plain_experts import PlainBalance
+from cuboid.trainer.plain_preference import PlainPreference, pairs
 from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWeights
 from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.recipe import Recipe
@@ -123,9 +123,10 @@ def backward(
     balance: PlainBalance | None = None,
     teacher: nn.Module | None = None,
     top_k: int | None = None,
+    preference: PlainPreference | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of the whole batch, a mean over all valid tokens, and the gradient of each parameter that is trained;
-    ``balance`` is of a model with experts."""
+    """The loss of the whole batch, a mean over all valid tokens (or pairs), and the gradient of each parameter that is
+    trained; ``balance`` is of a model with experts."""
     if balance:
         balance.begin(len(batch.labels))
     logits = logits_of(model, batch)
@@ -136,9 +137,21 @@ def backward(
         share = TEACHING["weight"]
         loss = (1 - share) * loss + share * divergence(logits, wanted, batch.labels != IGNORE, top_k)
     count = int((batch.labels != IGNORE).sum())
-    loss = loss / count
+    loss = preference.loss(batch, logits) / len(list(pairs(batch))) if preference else loss / count
     (loss + balance.loss(batch.labels, count) if balance else loss).backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def plain_preference(case: Case) -> PlainPreference | None:
+    """With a whole second model as the reference."""
+    recipe = case.recipe()
+    if recipe.preference is None:
+        return None
+    if case.reference in (None, "adapter"):
+        other = one_process(replace(case, lora="none") if case.reference else case)
+    else:
+        other = AutoModelForCausalLM.from_pretrained(case.reference)
+    return PlainPreference(recipe.preference, lambda batch: logits_of(other, batch))
 
 
 def plain_pruning(case: Case, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> PlainPruning | None:
@@ -172,6 +185,7 @@ def _reference(case: Case) -> Reference:
     adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPS)
     pruning, settings = plain_pruning(case, model, trained), case.recipe().quantize
     quantization = settings and PlainQuantization(model, settings, head=find_parts(model).head)
+    preference = plain_preference(case)
     losses, norms, gradients = [], [], []
     batches = [make_batch(seed) for seed in range(STEPS)]
     for step, batch in enumerate(batches, start=1):
@@ -179,7 +193,7 @@ def _reference(case: Case) -> Reference:
             pruning.begin(step, partial(logits_of, model, batch))
         if quantization:
             quantization.begin(step)
-        loss, of_step = backward(model, batch, balance, taught_by, case.top_k)
+        loss, of_step = backward(model, batch, balance, taught_by, case.top_k, preference)
         if pruning:
             pruning.mask_gradients()
             of_step = {name: p.grad.clone() for name, p in trained.items()}
@@ -203,66 +217,6 @@ def _reference(case: Case) -> Reference:
     for name, update in updates.items():
         assert update.norm() > 0, f"{name} does not move"
     return Reference(before, batches, losses, norms, gradients[0], updates)
-
-
-@dataclass(frozen=True)
-class Held:
-    """A parameter on one rank: in how many parts it says that it is cut, and how much of it is there."""
-
-    parts: dict[str, int]
-    """By axis; an axis over which the parameter is whole is left out."""
-    numel: int
-    whole_numel: int
-    is_matrix: bool
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a rank did in its first backward and what it holds: an option that does nothing shows here alone."""
-
-    layer_calls: frozenset[int]
-    """How often a layer computed, recomputation included; one number where all layers are alike."""
-    layer_tokens: frozenset[int]
-    """Tokens of the hidden states that enter a layer."""
-    boundaries: frozenset[tuple[int, ...]]
-    """Shapes [B, T_local, D] of what a stage gives to the next one."""
-    logits: frozenset[tuple[int, ...]]
-    """Shapes [B, T, V_local] of what the last stage gives to the loss."""
-    held: dict[str, Held]
-
-
-class Watch:
-    """Looks on while an engine's stages compute."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._calls = engine, Counter[str]()
-        self._tokens, self._boundaries, self._logits = set[int](), set[tuple[int, ...]](), set[tuple[int, ...]]()
-        for stage in engine.pipeline.modules.values():
-            outputs = self._logits if stage.is_last else self._boundaries
-            stage.register_forward_hook(lambda _, args, output, outputs=outputs: outputs.add(tuple(output.shape)))
-            for index, layer in stage.layers.items():
-                layer.register_forward_pre_hook(lambda _, args: self._tokens.add(args[0].shape[1]))
-                # inside of the layer, since a layer that is recomputed is not called again from outside
-                layer.mlp.register_forward_pre_hook(lambda _, args, index=index: self._calls.update([index]))
-
-    def work(self) -> Work:
-        return Work(
-            frozenset(self._calls.values()),
-            frozenset(self._tokens),
-            frozenset(self._boundaries),
-            frozenset(self._logits),
-            {name: _held(parameter) for name, parameter in self._engine.parameters},
-        )
-
-
-def _held(parameter: torch.Tensor) -> Held:
-    parts: dict[str, int] = {}
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        for axis, size, placement in zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True):
-            if not placement.is_replicate():
-                parts[axis] = size
-    return Held(parts, local(parameter).numel(), parameter.numel(), parameter.dim() > 1)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,8 @@ def evaluated(recipe: Recipe, cache: Path) -> list[tuple[float, int]]:
             data = prepare(settings, tokenizer=BYTES, seed=recipe.seed, cache=cache)
             share = recipe.train.global_batch // block.layout.data
             numbers = range(block.coordinate.data * share, data.num_samples, recipe.train.global_batch)
-            found.append(engine.evaluate(data.batch(range(n, min(n + share, data.num_samples))) for n in numbers))
+            batches = (data.batch(range(n, min(n + share, data.num_samples))) for n in numbers)
+            found.append(engine.evaluate(batches)[:2])
     return found
 
 

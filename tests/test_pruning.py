@@ -47,8 +47,8 @@ def zeros_after_steps(case: Case) -> dict[str, tuple[int, int]]:
     with assembled(case, expected.weights) as engine:
         for step, batch in enumerate(expected.batches, start=1):
             mine = own_share(batch, engine.block)
-            before, _ = engine.evaluate([mine])
-            pruned, (after, _) = engine.prune(step, mine), engine.evaluate([mine])
+            before = engine.evaluate([mine]).loss
+            pruned, after = engine.prune(step, mine), engine.evaluate([mine]).loss
             assert (after != before) is (pruned is not None), "what is evaluated is what was pruned"
             engine.step(mine, learning_rate=LEARNING_RATE)
         return {name: (int((full(weight) == 0).sum()), weight.numel()) for name, weight in engine.weights()}

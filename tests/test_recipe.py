@@ -130,7 +130,7 @@ seed: no
         "x.yaml:1: name=a/b is not a safe name of a folder; use letters, digits, dots, _ and -, "
         "at most 100, a letter or digit first",
         "x.yaml:3: model.config has no model_type; write for example model_type: llama",
-        "x.yaml:4: data.kind=txt is not a choice; did you mean text? use text, chat or instruct",
+        "x.yaml:4: data.kind=txt is not a choice; did you mean text? use text, chat, instruct or preference",
         "x.yaml:4: data.path=5 is not text or a list; write it in quotes",
         "x.yaml:4: data.sequence_length=1000.0 is not a whole number",
         "x.yaml:6: parallel.tensr is not a key; did you mean parallel.tensor?",

@@ -59,13 +59,13 @@ def step_by_step(case: Case, weights: Mapping[str, torch.Tensor], steps: list[Ex
         )
         for step, other in zip(steps, [*steps[1:], steps[0]], strict=True):
             batches = [own_share(each.batch, engine.block) for each in (other, step)]
-            evaluated, tokens = engine.evaluate(batches[:1])
+            evaluated, tokens, _ = engine.evaluate(batches[:1])
             began = time.monotonic()
             result = engine.backward(batches[1])
             ended, times = time.monotonic(), pipeline.times
             assert began <= times[0].start_seconds
             assert times[-1].stop_seconds <= ended
-            assert engine.evaluate(batches[:1]) == (evaluated, tokens), "a step leaves no trace in evaluation"
+            assert engine.evaluate(batches[:1]) == (evaluated, tokens, None), "a step leaves no trace in evaluation"
             assert pipeline.times == times, "evaluation leaves no trace in the step's times"
             measured = meter.measure(pipeline)
             if measured is not None and engine.block.layout.pipeline > 1:

@@ -11,13 +11,15 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cuboid.parallel.stages import Anatomy
@@ -198,6 +200,20 @@ def whole_peft_model(model: nn.Module, settings: LoraSettings, anatomy: Anatomy,
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """A whole model with the adapter of ``folder``, as users load it."""
     return peft.PeftModel.from_pretrained(model, folder)
+
+
+@contextmanager
+def switched_off(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within: the models compute without their adapters. peft's own `enable_adapters` would also change what is
+    trained."""
+    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -18,6 +21,7 @@ from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.pipeline import Loss, Pipeline
+from cuboid.parallel.preference import LogProbabilitiesKept, PreferenceLoss
 from cuboid.parallel.pruning import Pruning
 from cuboid.parallel.quantization import FakeQuantization
 from cuboid.parallel.schedules import stage_indices
@@ -26,6 +30,7 @@ from cuboid.parallel.structures import StructuredPruning
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.check_distill import teacher_recipe
+from cuboid.trainer.check_preference import reference_recipe
 from cuboid.trainer.depth import name_in_folder
 from cuboid.trainer.engine import Engine, NativeEngine
 from cuboid.trainer.model import (
@@ -44,8 +49,10 @@ from cuboid.trainer.model import (
 from cuboid.trainer.model_config import config_of, layers_in_folder
 from cuboid.trainer.optimizer import ShardedAdamW
 from cuboid.trainer.plans import stored_names
+from cuboid.trainer.preference import Preference
 from cuboid.trainer.prune import Pruner, StructurePruner
 from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.recipe_preference import ADAPTER
 from cuboid.trainer.structures import structures
 from cuboid.trainer.teacher import LiveTeacher, Teacher
 from cuboid.trainer.teacher_cache import cached_teacher
@@ -54,6 +61,8 @@ from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
 
 def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Engine:
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
+    # before the model's own stages, which are cut out of the blueprint
+    reference = _reference(recipe, block, blueprint, weights)
     experts = _experts(recipe, block, blueprint)
     quantization = _quantization(recipe, block)
     stages = build_stages(recipe, block, blueprint, weights, experts, quantization)
@@ -62,6 +71,9 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     tied.follow()
     loss, teacher = _loss(recipe, block), _teacher(recipe, block)
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    preference = None
+    if isinstance(loss, PreferenceLoss):
+        preference = _preference(recipe, block, loss, *(reference or (blueprint, numbered)))
     if recipe.parallel.engine == "deepspeed":
         os.environ["DS_ACCELERATOR"] = block.device.type  # read when deepspeed is first imported
         from cuboid.trainer.zero import ZeroEngine, divide
@@ -77,6 +89,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             tied=tied,
             teacher=teacher,
             quantization=quantization,
+            preference=preference,
             averaged_over=block.layout.data,
             saves_frozen=recipe.lora is None,
             zero=zero,
@@ -90,6 +103,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         tied=tied,
         teacher=teacher,
         quantization=quantization,
+        preference=preference,
         # after the values: the optimizer works on views of the final shards
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
@@ -168,6 +182,8 @@ def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | No
 
 def _loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
     group = block.mesh["tensor"].get_group()
+    if (pairs := recipe.preference) is not None:
+        return PreferenceLoss(group, beta=pairs.beta, kind=pairs.loss, label_smoothing=pairs.label_smoothing)
     if recipe.distill is None:
         return SummedCrossEntropy(group)
     return DistillationLoss(group, temperature=recipe.distill.temperature, weight=recipe.distill.weight)
@@ -187,16 +203,51 @@ def live_teacher(recipe: Recipe, block: Block) -> LiveTeacher:
     settings, recipe = recipe.distill, teacher_recipe(recipe)
     assert settings is not None
     blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention, compute=recipe.precision.compute)
-    blueprint.model.requires_grad_(False)
-    weights, experts = initial_weights(recipe, blueprint), _experts(recipe, block, blueprint)
-    stages = build_stages(recipe, block, blueprint, weights, experts)
-    TiedWeights(stages, block).follow()
-    numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    stages = _frozen_stages(recipe, block, blueprint, initial_weights(recipe, blueprint))
     kept = LogitsKept()
     if settings.top_k is not None:
         group = block.mesh["tensor"].get_group()
         kept = LargestKept(group, k=settings.top_k, temperature=settings.temperature)
-    return LiveTeacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
+    return LiveTeacher(_pipeline(recipe, block, blueprint, stages, kept), kept)
+
+
+def _reference(
+    recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto
+) -> tuple[Blueprint, Mapping[int, nn.Module]] | None:
+    """Blueprint and stages of a preference tuning's reference; None where it is no model of its own."""
+    if recipe.preference is None or recipe.preference.reference == ADAPTER:
+        return None
+    own = reference_recipe(recipe)
+    if recipe.preference.reference is None:
+        blueprint = replace(blueprint, model=copy.deepcopy(blueprint.model))
+    else:
+        compute, attention = own.precision.compute, own.model.attention
+        blueprint = draw_blueprint(config_of(own), attention=attention, compute=compute)
+        weights = initial_weights(own, blueprint)
+    return blueprint, _frozen_stages(own, block, blueprint, weights)
+
+
+def _frozen_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Mapping[int, nn.Module]:
+    """This rank's stages, by number, of a model that is only run forward."""
+    blueprint.model.requires_grad_(False)
+    stages = build_stages(recipe, block, blueprint, weights, _experts(recipe, block, blueprint))
+    TiedWeights(stages, block).follow()
+    return dict(zip(_stage_indices(recipe, block), stages, strict=True))
+
+
+def _preference(
+    recipe: Recipe, block: Block, loss: PreferenceLoss, blueprint: Blueprint, stages: Mapping[int, nn.Module]
+) -> Preference:
+    """``stages`` and their blueprint are the reference's, or the trained model's with its adapters."""
+    kept = LogProbabilitiesKept(loss.group)
+    beneath: Callable[[], AbstractContextManager[None]] = nullcontext
+    if recipe.preference and recipe.preference.reference == ADAPTER:
+        from cuboid.trainer.adapters import switched_off
+
+        beneath = partial(switched_off, list(stages.values()))
+    return Preference(
+        loss=loss, reference=_pipeline(recipe, block, blueprint, stages, kept), kept=kept, beneath=beneath
+    )
 
 
 def _quantization(recipe: Recipe, block: Block) -> FakeQuantization | None:

@@ -79,6 +79,22 @@ class ChatTemplate:
             predicted.append((len(before), len(before) + len(turn)))
         return Example(text, tuple(predicted), ends=False)
 
+    def answer(self, prompt: Sequence[Message], said: Sequence[Message]) -> Example:
+        """The conversation ``prompt`` and what is ``said`` to it, of which the assistant's turns are predicted.
+
+        Raises:
+            UserError: as `example`; or the prompt for an answer is not how the conversation begins.
+        """
+        example = self.example([*prompt, *said])
+        before, _ = self._render(prompt, None, prompt=True)
+        if not example.text.startswith(before):
+            raise UserError(
+                "the chat template writes the prompt otherwise when an answer follows, so that the answer cannot be "
+                f"told apart; set {_FIELD} to another"
+            )
+        turns = ((max(start, len(before)), stop) for start, stop in example.predicted)
+        return Example(example.text, tuple((start, stop) for start, stop in turns if start < stop), ends=False)
+
     def _render(
         self,
         messages: Sequence[Message],

@@ -20,9 +20,10 @@ from cuboid.parallel.layout import divisors
 from cuboid.parallel.schedules import SCHEDULES
 from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_data import data_errors
-from cuboid.trainer.check_distill import as_of_teacher, cache_errors, teach_errors, teacher_errors, teacher_recipe
+from cuboid.trainer.check_distill import as_of, cache_errors, teach_errors, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
+from cuboid.trainer.check_preference import own_reference, preference_errors, reference_errors, reference_recipe
 from cuboid.trainer.check_prune import prunable_errors, prune_errors, structure_errors
 from cuboid.trainer.check_quantize import group_errors, quantize_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
@@ -114,6 +115,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *prune_errors(recipe),
         *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
+        *preference_errors(recipe),
         *quantize_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *best_errors(recipe),
         *_length_errors(recipe),
@@ -129,6 +131,7 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
             *_stage_errors(recipe, config),
             *_model_errors(recipe, config),
             *_teacher_errors(recipe, config),
+            *_reference_errors(recipe, config),
         ]
     errors += data_errors(recipe, config and config.vocab_size)
     if devices:  # a machine that only submits needs no tracker
@@ -142,7 +145,7 @@ def check_teacher(recipe: Recipe, devices: Devices | None) -> None:
     errors: list[UserError] = list(teach_errors(recipe))
     if not errors:
         own = teacher_recipe(recipe)
-        errors += as_of_teacher(recipe, _attempt(lambda: check(own, devices))[0])
+        errors += as_of("distill.teacher", recipe.distill.teacher, _attempt(lambda: check(own, devices))[0])
         found, config = _attempt(lambda: _config(recipe))
         teacher = _attempt(lambda: _config(own))[1]
         errors += found
@@ -343,16 +346,34 @@ def _teacher_errors(recipe: Recipe, student: PretrainedConfig) -> Iterator[UserE
     """The teacher stands on the same mesh and reads the same sequences."""
     if recipe.distill is None:
         return
-    own = teacher_recipe(recipe)
-    errors, config = _attempt(lambda: _config(own))
+    errors, config = _other_model(teacher_recipe(recipe), runs=recipe.distill.cache is None)
     if config is not None:
         yield from teacher_errors(recipe, student, config)
-        if recipe.distill.cache is None:  # else it does not run here
-            checks = _tensor_errors, _expert_errors, _stage_errors, _model_errors
-            errors += [error for check in checks for error in check(own, config)]
-    yield from as_of_teacher(recipe, errors)
+    yield from as_of("distill.teacher", recipe.distill.teacher, errors)
     if not errors and not runs_elsewhere(recipe.launch):
         yield from cache_errors(recipe)
+
+
+def _reference_errors(recipe: Recipe, policy: PretrainedConfig) -> Iterator[UserError]:
+    """So does the reference of preference tuning, where it is a model of its own."""
+    if recipe.preference is None:
+        return
+    errors, config = [], policy
+    if (folder := own_reference(recipe)) is not None:
+        errors, config = _other_model(reference_recipe(recipe))
+        yield from as_of("preference.reference", folder, errors)
+    if config is not None:
+        yield from reference_errors(recipe, policy, config)
+
+
+def _other_model(own: Recipe, *, runs: bool = True) -> tuple[list[UserError], PretrainedConfig | None]:
+    """What is wrong with a second model on this mesh, by its own recipe; its config, where there is one. ``runs``: it
+    does compute here."""
+    errors, config = _attempt(lambda: _config(own))
+    if config is not None and runs:
+        checks = _tensor_errors, _expert_errors, _stage_errors, _model_errors
+        errors += [error for check in checks for error in check(own, config)]
+    return errors, config
 
 
 def _track_errors(recipe: Recipe) -> list[UserError]:

@@ -19,6 +19,7 @@ _BELONGS = {
         "truncation",
         *(f"columns.{name}" for name in ("prompt", "response", "input", "system")),
     ),
+    "preference": ("chat_template", "truncation", *(f"columns.{name}" for name in ("prompt", "chosen", "rejected"))),
 }
 """Fields that mean something for some kinds only."""
 

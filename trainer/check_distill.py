@@ -104,14 +104,12 @@ def teach_errors(recipe: Recipe) -> Iterator[FieldError]:
         yield FieldError("distill.top_k", "null", constraint, "give a number, such as 64")
 
 
-def as_of_teacher(recipe: Recipe, errors: Iterable[UserError]) -> Iterator[UserError]:
-    """Errors of the teacher's own recipe, in the fields of ``recipe``."""
-    assert recipe.distill is not None
-    name = recipe.distill.teacher
+def as_of(field: str, name: str, errors: Iterable[UserError]) -> Iterator[UserError]:
+    """Errors of the own recipe of another model, which ``field`` calls ``name``, in the fields of the user's."""
     for error in errors:
         if isinstance(error, FieldError) and error.field.startswith("model."):
-            yield FieldError("distill.teacher", name, error.constraint, error.remedy)
+            yield FieldError(field, name, error.constraint, error.remedy)
         elif isinstance(error, FieldError):
-            yield FieldError(error.field, error.value, f"{error.constraint} (distill.teacher={name})", error.remedy)
+            yield FieldError(error.field, error.value, f"{error.constraint} ({field}={name})", error.remedy)
         else:
-            yield UserError(f"distill.teacher={name}: {error}")
+            yield UserError(f"{field}={name}: {error}")

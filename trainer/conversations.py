@@ -1,4 +1,4 @@
-"""Rows of `chat` and `instruct` data to examples: which columns, what they must hold, what is predicted.
+"""Rows of `chat`, `instruct` and `preference` data to examples: which columns, what they must hold, what is predicted.
 
 Imports no torch.
 """
@@ -6,12 +6,12 @@ Imports no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.chat_template import CHATML, ChatTemplate, open_template
-from cuboid.trainer.corpus import Example, Form, Row, text_form
+from cuboid.trainer.corpus import Example, Form, Pair, Row, text_form
 from cuboid.trainer.recipe import DataSettings
 from cuboid.trainer.tokenizer import Tokenizer
 
@@ -32,6 +32,10 @@ def form_of(settings: DataSettings, tokenizer: Tokenizer) -> Form:
         key = ["instruct", template and template.identity, *names]
         required = (columns.prompt, columns.response)
         return Form(key, (*required, *optional), (), "data.columns", lambda row: _instruct(row, settings, template))
+    if settings.kind == "preference":
+        key = ["preference", template and template.identity, columns.prompt, columns.chosen, columns.rejected]
+        answers = (columns.chosen, columns.rejected)
+        return Form(key, answers, (columns.prompt,), "data.columns", lambda row: _preference(row, settings, template))
     if template is None:
         constraint = "finds no chat template in the tokenizer, which data.kind=chat needs"
         remedy = f"use {CHATML}, a file with a Jinja template, or the tokenizer of a chat model"
@@ -45,8 +49,11 @@ def _chat(row: Row, settings: DataSettings, template: ChatTemplate) -> Example:
     given = row[name]
     if not isinstance(given, list) or not given:
         raise UserError(f"column {name} holds {_words(given)}, not a list of messages; set data.columns.messages")
-    messages = [_message(message, f"message {number} of {name}") for number, message in enumerate(given, start=1)]
-    return template.example(messages, _tools(row.get(columns.tools), columns.tools))
+    return template.example(_messages(given, name), _tools(row.get(columns.tools), columns.tools))
+
+
+def _messages(given: Sequence[object], name: str) -> list[dict[str, Any]]:
+    return [_message(message, f"message {number} of {name}") for number, message in enumerate(given, start=1)]
 
 
 def _message(message: object, place: str) -> dict[str, Any]:
@@ -85,11 +92,61 @@ def _instruct(row: Row, settings: DataSettings, template: ChatTemplate | None) -
             raise UserError(f"column {name} is empty")
     question = f"{prompt}\n\n{extra}" if extra else prompt
     if template is None:
-        before = "".join(f"{part}\n\n" for part in (system, question) if part)
-        text = before + response
-        return Example(text, ((len(before), len(text)),), ends=True)
+        return _plain((system, question), response)
     said = [{"role": "system", "content": system}] if system else []
     return template.example([*said, {"role": "user", "content": question}, {"role": "assistant", "content": response}])
+
+
+def _plain(before: Sequence[str], answer: str) -> Example:
+    start = "".join(f"{part}\n\n" for part in before if part)
+    return Example(start + answer, ((len(start), len(start + answer)),), ends=True)
+
+
+def _preference(row: Row, settings: DataSettings, template: ChatTemplate | None) -> Pair:
+    """Texts behind the prompt, as `_instruct` puts them; or conversations, whose prompt is a column of its own or what
+    both begin with: TRL's forms."""
+    columns = settings.columns
+    names, given = (columns.chosen, columns.rejected), (row[columns.chosen], row[columns.rejected])
+    prompt = row.get(columns.prompt)
+    for name, answer in zip(names, given, strict=True):
+        if not (isinstance(answer, str | list) and answer) or type(answer) is not type(given[0]):
+            both = "a text or a list of messages, the same as the other answer"
+            raise UserError(f"column {name} holds {_words(answer)}, not {both}; set data.columns")
+    if given[0] == given[1]:
+        raise UserError(f"columns {columns.chosen} and {columns.rejected} are the same: nothing is preferred")
+    if isinstance(given[0], str):
+        question = _text(row, columns.prompt) if columns.prompt in row else ""
+        if not question:
+            raise UserError(f"column {columns.prompt} is absent or empty, which answers that are texts need")
+        if template is None:
+            return Pair(*(_plain((question,), answer) for answer in given))
+        asked: Sequence[dict[str, Any]] = [{"role": "user", "content": question}]
+        return Pair(*(template.answer(asked, [{"role": "assistant", "content": answer}]) for answer in given))
+    if template is None:
+        raise UserError(f"holds conversations, and there is no chat template; set data.chat_template, such as {CHATML}")
+    said = [_messages(answer, name) for answer, name in zip(given, names, strict=True)]
+    asked, said = _asked(prompt, said, columns.prompt)
+    for name, answer in zip(names, said, strict=True):
+        if not answer or answer[0]["role"] != "assistant":
+            found = f"begins with {answer[0]['role']}" if answer else "is empty"
+            raise UserError(f"the answer in column {name} {found}, and not with the assistant, behind the prompt")
+    return Pair(*(template.answer(asked, answer) for answer in said))
+
+
+def _asked(
+    prompt: object, said: Sequence[list[dict[str, Any]]], name: str
+) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """(the prompt, both answers): as given, or parted where two conversations begin to differ."""
+    if isinstance(prompt, list):
+        return _messages(prompt, name), list(said)
+    shared = 0
+    while shared < min(map(len, said)) and said[0][shared] == said[1][shared]:
+        shared += 1
+    if shared:
+        return said[0][:shared], [answer[shared:] for answer in said]
+    if isinstance(prompt, str) and prompt:
+        return [{"role": "user", "content": prompt}], list(said)
+    raise UserError(f"column {name} holds {_words(prompt)}, and the answers share no beginning: there is no prompt")
 
 
 def _text(row: Row, name: str | None) -> str:

@@ -38,7 +38,15 @@ class Example:
     """Whether the tokenizer's end token follows, predicted too; a chat template has written its own."""
 
 
-Document = str | Example
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to the same prompt, each behind it; of each the answer alone is predicted."""
+
+    chosen: Example
+    rejected: Example
+
+
+Document = str | Example | Pair
 Row = Mapping[str, Any]
 
 
@@ -57,7 +65,7 @@ class Form:
     document: Callable[[Row], Document]
     """Raises UserError where the row is broken."""
     examples: bool = True
-    """Whether it makes an `Example` of a row; else a text, and a whole text file is a document too."""
+    """Whether it makes an `Example` or a `Pair` of a row; else a text, and a whole text file is a document too."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Corpus:
     """Reads the documents, always in the same order; at one that is broken it raises, or gives the error in its place
     where broken ones are skipped."""
     examples: bool = False
-    """Whether its documents are examples."""
+    """Whether its documents are examples or pairs of them."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ class Dataset:
     - packing: all documents one after another, cut every T tokens. Each token but a document's first is predicted once
       an epoch. The last sample is filled up; what fills has label -100.
     - without packing: a document a sample, cut or filled to T.
-    - examples (chat and instruct) as `packs` lays them, several in a sample or one, each as truncation left it.
+    - examples (chat and instruct) as `packs` lays them, several in a sample or one, each as truncation left it; so are
+      pairs (preference), the chosen answer and then the rejected one.
 
     A call reads a few kilobytes of a memory map (under a millisecond for 16 x 128), so that no loader processes are
     needed. The order depends on the seed and the epoch only, never on the mesh. `fingerprint` is the SHA-256 of all
@@ -285,7 +286,14 @@ def _prepare(
     length, packing = settings.sequence_length, settings.packing
     packs = None
     if corpus.examples:
-        packs = pack(tokens, sequence_length=length, truncation=settings.truncation, packing=packing, cache=cache)
+        packs = pack(
+            tokens,
+            sequence_length=length,
+            truncation=settings.truncation,
+            packing=packing,
+            cache=cache,
+            paired=settings.kind == "preference",
+        )
     return Dataset(
         tokens,
         sequence_length=length,

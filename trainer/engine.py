@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from cuboid.parallel.stages import Stage
 from cuboid.parallel.structures import influence
 from cuboid.trainer.data import Batch
 from cuboid.trainer.optimizer import ShardedAdamW
+from cuboid.trainer.preference import Preference, Preferences
 from cuboid.trainer.prune import Pruner, StructurePruner
 from cuboid.trainer.teacher import Teacher
 
@@ -47,7 +48,7 @@ class StepResult:
     """What a step says of itself, the same on every rank."""
 
     loss: float
-    """Mean over the valid tokens of the global batch, before the update."""
+    """Mean over the valid tokens of the global batch, or its pairs, before the update."""
     grad_norm: float
     """Global norm of the gradient of that mean, before clipping."""
     tokens: int
@@ -56,6 +57,17 @@ class StepResult:
     """What the ranks told each other with the step, each number summed over all ranks."""
     measures: Measures | None = None
     """Of a model with experts."""
+    preferences: Preferences | None = None
+    """Of preference tuning."""
+
+
+class Evaluation(NamedTuple):
+    """What a model makes of batches that it is not trained on, the same on every rank."""
+
+    loss: float
+    """Mean over their valid tokens, or their pairs."""
+    tokens: int
+    preferences: Preferences | None = None
 
 
 @dataclass(kw_only=True)
@@ -71,6 +83,8 @@ class Engine(ABC):
     """Of a model that has any."""
     teacher: Teacher | None = None
     """Whose predictions the loss of a step takes."""
+    preference: Preference | None = None
+    """Where the loss is one of pairs of answers."""
     quantization: FakeQuantization | None = None
     """Where linears compute with rounded weights."""
     averaged_over: int = 1
@@ -148,22 +162,29 @@ class Engine(ABC):
         tokens = self._count_tokens(batch.labels)
         # a batch without a single valid token has loss 0 and gradient 0
         self.loss.num_valid_tokens = max(tokens, 1) / self.averaged_over
+        if self.preference:
+            self.preference.loss.num_pairs = max(self._count_pairs(self.preference, batch), 1) / self.averaged_over
         self._own_loss = self._through(self.pipeline.step, batch, tokens=tokens) / self.averaged_over
         self.close_gradients()
         return self._sum_over_block(tokens, told)
 
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """(mean loss over the valid tokens of all data ranks, their number) of this data rank's ``batches``, as many on
-        every rank. Nothing is updated. To be called between two steps: the next forward takes over what is gathered."""
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Of this data rank's ``batches``, as many on every rank, and all others' together. Nothing is updated. To be
+        called between two steps: the next forward takes over what is gathered."""
         total, tokens = 0.0, 0
         self.loss.num_valid_tokens = 1  # sums, divided once below
+        if self.preference:
+            self.preference.loss.num_pairs = 1
         for batch in batches:
             total += self._through(self.pipeline.evaluate, batch)
             tokens += int((batch.labels != IGNORE).sum()) if self.pipeline.is_last else 0
+        sums = torch.cat([torch.tensor([total, tokens], dtype=torch.float64), self._of_pairs()])
         # every tensor rank computed the same
-        sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.block.device) / self.block.layout.tensor
+        sums = sums.to(self.block.device) / self.block.layout.tensor
         dist.all_reduce(sums)
-        return sums[0].item() / max(sums[1].item(), 1.0), round(sums[1].item())
+        preferences = Preferences.of(sums[2:]) if self.preference else None
+        count = preferences.pairs if preferences else sums[1].item()
+        return Evaluation(sums[0].item() / max(count, 1.0), round(sums[1].item()), preferences)
 
     def _through(self, run: Callable[..., Tensor | None], batch: Batch, *, tokens: int | None = None) -> float:
         """This rank's share of the loss, 0 away from the last stage; ``run`` is the pipeline's step or evaluation.
@@ -174,6 +195,8 @@ class Engine(ABC):
             told["sequence_share"] = (full.labels != IGNORE).sum(1).float() / max(tokens, 1)
         if self.teacher and tokens is not None:
             targets |= self.teacher.targets(full)
+        if self.preference:
+            targets |= self.preference.targets(full)
         loss = run(full.input_ids if ends.is_first else None, targets if ends.is_last else None, **told)
         return 0.0 if loss is None else float(loss)
 
@@ -182,18 +205,29 @@ class Engine(ABC):
         dist.all_reduce(count, group=self.block.data_group)
         return int(count)
 
+    def _count_pairs(self, preference: Preference, batch: Batch) -> int:
+        count = preference.loss.count(batch.labels, batch.position_ids).to(self.block.device)
+        dist.all_reduce(count, group=self.block.data_group)
+        return int(count)
+
+    def _of_pairs(self) -> Tensor:
+        """This rank's sums over pairs since the last call, on the CPU; none without preferences."""
+        return self.preference.loss.take() if self.preference else torch.zeros(0, dtype=torch.float64)
+
     def _sum_over_block(self, tokens: int, told: Sequence[float]) -> StepResult:
         """One small exchange makes loss, squared norm and what is told the same numbers on every rank."""
         # every tensor rank computed the same loss
         shares = torch.tensor([self._own_loss / self.block.layout.tensor, 0.0, *told], dtype=torch.float64)
         own_rows = self.experts.take() if self.experts else shares.new_zeros(0)
-        shares = torch.cat([shares, own_rows]).to(self.block.device)
+        own_pairs = self._of_pairs() / self.block.layout.tensor
+        shares = torch.cat([shares, own_rows, own_pairs]).to(self.block.device)
         shares[1] = self.squared_norm()
         dist.all_reduce(shares)
-        shares, rows = shares.cpu().split([2 + len(told), len(own_rows)])
+        shares, rows, pairs = shares.cpu().split([2 + len(told), len(own_rows), len(own_pairs)])
         loss, squared, *sums = shares.tolist()
         measures = self.experts.measures(rows) if self.experts else None
-        return StepResult(loss, math.sqrt(squared), tokens, tuple(sums), measures)
+        preferences = Preferences.of(pairs) if self.preference else None
+        return StepResult(loss, math.sqrt(squared), tokens, tuple(sums), measures, preferences)
 
     def _not_finite(self, result: StepResult) -> NotFinite:
         """Which rank it came from, the same words on every rank."""

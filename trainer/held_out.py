@@ -87,12 +87,15 @@ class Passage:
 
 def passage_of(recipe: Recipe, path: str | None) -> Passage | None:
     """What the recipe's evaluation reads, so that the loss is its `eval_loss`, or as much of the text at ``path``; None
-    where there is neither."""
-    wanted = path or recipe.data.eval_path
+    where there is neither. Of pairs of answers no loss is a model's alone: what ``path`` names is read as text."""
+    of_pairs = recipe.data.kind == "preference"
+    wanted = path if of_pairs else path or recipe.data.eval_path
     if wanted is None:
         return None
     data = held_out_settings(recipe.data.model_copy(update={"eval_path": wanted}))
     assert data is not None
+    if of_pairs:
+        data = data.model_copy(update={"kind": "text"})
     return Passage(
         field="data.eval_path" if path is None else "--eval-path",
         data=data,

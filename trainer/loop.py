@@ -21,7 +21,7 @@ from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
-from cuboid.trainer.engine import Engine, NotFinite, StepResult
+from cuboid.trainer.engine import Engine, Evaluation, NotFinite, StepResult
 from cuboid.trainer.manifest import incomplete, steps
 from cuboid.trainer.model import Blueprint, draw_blueprint, local_folder
 from cuboid.trainer.model_config import config_of
@@ -87,8 +87,7 @@ def train(recipe: Recipe, folder: Path) -> str | None:
     with connect(recipe.layout, timeout_seconds=timeout, device=device) as block, set_up(recipe, folder, block) as run:
         reason = None
         if run.step == 0 and recipe.train.eval_first and run.held_out:
-            loss, tokens = evaluate(run, run.held_out)
-            run.recorder.evaluated_first(loss, tokens)
+            run.recorder.evaluated_first(evaluate(run, run.held_out))
         while run.step < recipe.train.steps and reason is None:
             reason = _agreed_to_stop(run, train_step(run))
             if _save_is_due(run, last=reason is not None):
@@ -138,9 +137,9 @@ def prune(run: Run, step: int, batch: Batch) -> None:
     if settings is None or not is_due(settings, step):
         return
     compared = run.held_out if step in (settings.begin_step, settings.last_step) else None
-    losses = {"eval_loss_before": evaluate(run, compared)[0]} if compared else {}
+    losses = {"eval_loss_before": evaluate(run, compared).loss} if compared else {}
     share = run.engine.prune(step, batch)
-    losses |= {"eval_loss_after": evaluate(run, compared)[0]} if compared else {}
+    losses |= {"eval_loss_after": evaluate(run, compared).loss} if compared else {}
     if run.block.rank == 0:
         run.recorder.event("prune", step=step, method=settings.method, zeros=share, **losses)
 
@@ -154,14 +153,14 @@ def compare_rounding(run: Run) -> None:
     losses = {}
     for name, is_on in (("eval_loss_whole", False), ("eval_loss_rounded", True)):
         quantization.is_on = is_on
-        losses[name], _ = evaluate(run, run.held_out)
+        losses[name] = evaluate(run, run.held_out).loss
     if run.block.rank == 0:
         learned = run.step >= settings.start_step
         run.recorder.event("quantize", step=run.step, scheme=settings.scheme, learned=learned, **losses)
 
 
-def evaluate(run: Run, held_out: Dataset | Mixture) -> tuple[float, int]:
-    """(mean loss, predicted tokens) of the first held-out samples, each once, on every rank."""
+def evaluate(run: Run, held_out: Dataset | Mixture) -> Evaluation:
+    """Of the first held-out samples, each once, on every rank."""
     plan = run.recipe.batch_plan
     count = min(run.recipe.train.eval_batches * plan.global_batch, held_out.num_samples)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.assemble import prepared
 from cuboid.trainer.check_distill import teacher_recipe
+from cuboid.trainer.check_preference import reference_recipe
 from cuboid.trainer.data import Batch, prepare
 from cuboid.trainer.model import (
     Blueprint,
@@ -31,9 +32,11 @@ from cuboid.trainer.model import (
 from cuboid.trainer.model_config import config_of, read_checked_config
 from cuboid.trainer.optimizer import is_decayed, learning_rate
 from cuboid.trainer.plain_experts import PlainBalance
+from cuboid.trainer.plain_preference import PlainPreference, pairs
 from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWeights
 from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.recipe_preference import ADAPTER
 from cuboid.trainer.structures import structures
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
@@ -70,7 +73,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
     blueprint = undropped_blueprint(recipe)
     model = whole_with_values(recipe, blueprint)
-    teaching = _teaching(recipe)
+    judges = {"teaching": _teaching(recipe), "preferring": _preferring(recipe)}
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     masters = {name: nn.Parameter(weights[name].clone()) for name, p in model.named_parameters() if p.requires_grad}
     model.to(blueprint.compute)
@@ -94,7 +97,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
             pruning.begin(step, partial(_compute, blueprint, model, masters, batch))
         if quantization:
             quantization.begin(step)
-        losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching))
+        losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, **judges))
         if pruning:
             pruning.mask_gradients()
         if step == 1:
@@ -182,6 +185,18 @@ def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | Non
     return taught
 
 
+def _preferring(recipe: Recipe) -> PlainPreference | None:
+    """With the reference as a whole model of its own, without adapters where they are switched off on the mesh."""
+    if (settings := recipe.preference) is None:
+        return None
+    own = reference_recipe(recipe)
+    if settings.reference == ADAPTER:
+        own = own.model_copy(update={"lora": None})
+    blueprint = undropped_blueprint(own)
+    reference = whole_with_values(own, blueprint).to(blueprint.compute).eval().requires_grad_(False)
+    return PlainPreference(settings, lambda batch: _logits(reference, blueprint, batch))
+
+
 def _with_rest(log_probabilities: Tensor, ids: Tensor) -> Tensor:
     """Of these tokens, and of all others together."""
     rest = log_probabilities.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
@@ -230,11 +245,13 @@ def _backward(
     *,
     rows: int,
     teaching: Callable[[Batch, Tensor, Tensor], Tensor] | None,
+    preferring: PlainPreference | None,
 ) -> float:
     """Loss and gradients of the global batch, some rows at a time: a sum, divided by the one count. The model computes
     on copies of the masters in its own dtype, and their gradients are added up in float32. Experts are balanced beside
-    the loss. ``teaching`` makes the loss of a teacher's."""
+    the loss. ``teaching`` makes the loss of a teacher's, ``preferring`` one of pairs, divided by their number."""
     count, total = int((batch.labels != IGNORE).sum()), 0.0
+    num_pairs = sum(1 for _ in pairs(batch))
     _copy(masters, model)
     copies = dict(model.named_parameters())
     for start in range(0, len(batch.labels), rows):
@@ -242,8 +259,11 @@ def _backward(
         some = Batch(batch.input_ids[part], batch.labels[part], batch.position_ids[part])
         balance.begin(len(some.labels))
         logits, labels = _logits(model, blueprint, some), some.labels
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        loss = (teaching(some, logits, loss) if teaching else loss) / count
+        if preferring:
+            loss = preferring.loss(some, logits) / num_pairs
+        else:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = (teaching(some, logits, loss) if teaching else loss) / count
         (loss + balance.loss(labels, count)).backward()
         total += loss.item()
         for name, parameter in masters.items():
@@ -257,17 +277,19 @@ def _backward(
 def _batches(recipe: Recipe, original: Recipe) -> list[Batch]:
     """The recipe's first global batches, of each sequence the part that a shorter one holds, labels thinned by more in
     each row: only where microbatches and ranks predict unequally many tokens does a mean of means differ from the
-    mean."""
+    mean. Of pairs each third row loses all of its own."""
     vocabulary = read_checked_config(original.model).vocab_size
     tokenizer = open_tokenizer(original.data.tokenizer, pretrained=original.model.pretrained, vocab_size=vocabulary)
     dataset = prepare(original.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
     smaller, rows = read_checked_config(recipe.model).vocab_size, recipe.train.global_batch
     batches = []
     for step in range(STEPS):
-        batch = _window(dataset.batch(range(step * rows, (step + 1) * rows)), recipe.data.sequence_length)
+        batch, length = dataset.batch(range(step * rows, (step + 1) * rows)), recipe.data.sequence_length
+        batch = _window_of_pairs(batch, length) if recipe.preference else _window(batch, length)
         labels = torch.where(batch.labels == IGNORE, IGNORE, batch.labels % smaller)
         for row in range(rows):
-            labels[row, : row * labels.shape[1] // rows] = IGNORE
+            masked = labels.shape[1] * (row % 3 == 2) if recipe.preference else row * labels.shape[1] // rows
+            labels[row, :masked] = IGNORE
         batches.append(Batch(batch.input_ids % smaller, labels, batch.position_ids))
     return batches
 
@@ -289,3 +311,23 @@ def _window(batch: Batch, length: int) -> Batch:
     ids, labels, positions = (part.gather(1, index) for part in (batch.input_ids, batch.labels, batch.position_ids))
     cut = (positions == 0).cumsum(1) == 0  # of the document that the part begins inside
     return Batch(ids, labels, torch.where(cut, torch.arange(length), positions))
+
+
+def _window_of_pairs(batch: Batch, length: int) -> Batch:
+    """Of each row's first pair, [n, T] -> [n, ``length``], a part of either answer, half and half."""
+    if length == batch.labels.shape[1]:
+        return batch
+    documents, sides = (batch.position_ids == 0).cumsum(1) - 1, []
+    for side, size in enumerate((length - length // 2, length // 2)):
+        rows = [_at_least(batch, row, documents[row] == side, size) for row in range(len(documents))]
+        sides.append([_window(row, size) for row in rows])
+    names = ("input_ids", "labels", "position_ids")
+    return Batch(*(torch.cat([torch.cat([getattr(row, name) for row in side]) for side in sides], 1) for name in names))
+
+
+def _at_least(batch: Batch, row: int, kept: Tensor, length: int) -> Batch:
+    """The kept tokens of a row, [1, ...], filled up to ``length`` where they are fewer."""
+    ids, labels = batch.input_ids[row, kept], batch.labels[row, kept]
+    missing = max(0, length - len(ids))
+    positions = torch.arange(len(ids) + missing)
+    return Batch(F.pad(ids, (0, missing))[None], F.pad(labels, (0, missing), value=IGNORE)[None], positions[None])

@@ -33,9 +33,11 @@ class Packs:
     stop: np.ndarray
     """[examples]; the token after its last."""
     truncated: int
-    """Examples that were cut."""
+    """Examples or pairs that were cut."""
     dropped: int
-    """Examples that are left out: too long, or the cut left nothing to predict."""
+    """Examples or pairs that are left out: too long, or the cut left nothing to predict."""
+    paired: bool = False
+    """Whether examples are the answers of pairs, which stay side by side: the chosen one, then the rejected."""
 
     def words(self) -> str:
         """What truncation did, in a line; empty where every example is whole."""
@@ -43,26 +45,33 @@ class Packs:
         return ", ".join(parts + ([f"dropped as too long: {self.dropped}"] if self.dropped else []))
 
 
-def pack(tokens: Tokens, *, sequence_length: int, truncation: str, packing: bool, cache: Path) -> Packs:
+def pack(
+    tokens: Tokens, *, sequence_length: int, truncation: str, packing: bool, cache: Path, paired: bool = False
+) -> Packs:
     """The examples of ``tokens`` in sequences of at most ``sequence_length`` tokens: computed once, then mapped.
 
     Args:
         truncation: what is done with longer ones: their `end` or their `start` is cut off, or `drop`.
         packing: several examples in a sequence, as many as fit; else one.
+        paired: two documents are a pair, and it is pairs that fit, are cut, and stand alone.
 
     Raises:
         FieldError: no example is left.
     """
-    identity = json.dumps([_METHOD, tokens.sha256, sequence_length, truncation, packing])
+    kind = ["pairs"] if paired else []
+    identity = json.dumps([_METHOD, tokens.sha256, sequence_length, truncation, packing, *kind])
     entry = Path(cache) / "packs" / hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def write(folder: Path) -> Facts:
-        first, stop, truncated = _cut(tokens, sequence_length, truncation)
-        dropped = len(tokens.starts) - 1 - len(first)
+        cut, each = (_cut_pairs, 2) if paired else (_cut, 1)
+        first, stop, truncated = cut(tokens, sequence_length, truncation)
+        dropped = (len(tokens.starts) - 1 - len(first)) // each
         if not len(first):
-            constraint = f"leaves no example with a token to predict: all {dropped} are dropped or cut before one"
+            what = "pair" if paired else "example"
+            constraint = f"leaves no {what} with a token to predict: all {dropped} are dropped or cut before one"
             raise FieldError("data.sequence_length", sequence_length, constraint, "use more, or data.truncation=start")
-        place = best_fit(stop - first, sequence_length) if packing else np.arange(len(first))
+        lengths = (stop - first).reshape(-1, each).sum(1)
+        place = np.repeat(best_fit(lengths, sequence_length) if packing else np.arange(len(lengths)), each)
         order = np.argsort(place, kind="stable")
         bounds = np.searchsorted(place[order], np.arange(place.max() + 2))
         arrays = {"bounds.bin": bounds, "first.bin": first[order], "stop.bin": stop[order]}
@@ -73,7 +82,7 @@ def pack(tokens: Tokens, *, sequence_length: int, truncation: str, packing: bool
 
     facts = cached(entry, write)
     bounds, first, stop = (mapped(entry / name, np.int64) for name in ("bounds.bin", "first.bin", "stop.bin"))
-    return Packs(bounds, first, stop, facts["truncated"], facts["dropped"])
+    return Packs(bounds, first, stop, facts["truncated"], facts["dropped"], paired)
 
 
 def _cut(tokens: Tokens, length: int, truncation: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -90,6 +99,24 @@ def _cut(tokens: Tokens, length: int, truncation: str) -> tuple[np.ndarray, np.n
     for number in np.flatnonzero(long & kept):
         kept[number] = tokens.predicted[first[number] + 1 : stop[number]].any()
     return first[kept], stop[kept], int((long & kept).sum())
+
+
+def _cut_pairs(tokens: Tokens, length: int, truncation: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """As `_cut`, of pairs that are longer together. At the start as many tokens are cut off both answers, so that what
+    is left of their prompt is the same; at the end off the longer one, until both are as long."""
+    assert tokens.predicted is not None
+    first, stop = tokens.starts[:-1].reshape(-1, 2).copy(), tokens.starts[1:].reshape(-1, 2).copy()
+    sizes = stop - first
+    long = sizes.sum(1) > length
+    if truncation == "end":
+        stop[long] = (first + np.minimum(sizes, np.maximum(length - sizes.min(1), length // 2)[:, None]))[long]
+    elif truncation == "start":
+        first[long] += -(-(sizes.sum(1) - length) // 2)[long, None]
+    kept = ~long if truncation == "drop" else np.ones_like(long)
+    for number in np.flatnonzero(long & kept):
+        both = zip(first[number], stop[number], strict=True)
+        kept[number] = all(tokens.predicted[start + 1 : end].any() for start, end in both)
+    return first[kept].ravel(), stop[kept].ravel(), int((long & kept).sum())
 
 
 def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:

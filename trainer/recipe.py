@@ -28,6 +28,7 @@ from cuboid.trainer.recipe_fields import (
     Text,
 )
 from cuboid.trainer.recipe_lora import LoraSettings
+from cuboid.trainer.recipe_preference import PreferenceSettings
 from cuboid.trainer.recipe_quantize import QuantizeSettings
 
 
@@ -77,28 +78,34 @@ MIXTURE = 1024
 
 
 class ColumnSettings(Settings):
-    """Columns of chat and instruct data, by the names that they have in the files."""
+    """Columns of chat, instruct and preference data, by the names that they have in the files."""
 
     messages: Text = "messages"
     """chat: a list of messages, each with role and content."""
     tools: Text = "tools"
     """chat: what the assistant may call, as JSON schemas; may be absent."""
     prompt: Text = "prompt"
-    """instruct: the question."""
+    """instruct, preference: the question; of preference also a list of messages, or absent beside conversations."""
     response: Text = "response"
     """instruct: the answer, which is predicted."""
     input: Text | None = None
     """instruct: more that belongs to the question; null: no such column."""
     system: Text | None = None
     """instruct: what stands before the question; null: no such column."""
+    chosen: Text = "chosen"
+    """preference: the better answer, a text or a list of messages."""
+    rejected: Text = "rejected"
+    """preference: the worse one."""
 
 
 class DataSettings(Settings):
     """What is read."""
 
-    kind: Annotated[Literal["text", "chat", "instruct", "tokens"], Offered(("text", "chat", "instruct"))]
+    kind: Annotated[
+        Literal["text", "chat", "instruct", "preference", "tokens"], Offered(("text", "chat", "instruct", "preference"))
+    ]
     """text: running text, every token is predicted; chat: conversations, of which the assistant's turns are predicted;
-    instruct: pairs of prompt and response, of which the response is predicted."""
+    instruct: pairs of prompt and response, of which the response is predicted; preference: a prompt and two answers."""
     path: Text | Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
     """A local file, folder or glob, a hub id of datasets, package:stdlib (the built-in corpus), or a list of these."""
     weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] | None = None
@@ -118,7 +125,7 @@ class DataSettings(Settings):
     chat_template: Text = "auto"
     """auto: the tokenizer's own; chatml: plain words for a tokenizer without; or a file with a Jinja template."""
     truncation: Literal["end", "start", "drop"] = "end"
-    """What is cut off a chat or instruct example that is longer than a sequence; drop: the whole example."""
+    """What is cut off an example (of preference: a pair) that is longer than a sequence; drop: the whole example."""
     broken: Literal["stop", "skip"] = "stop"
     """What a broken line, row or file does: stop before training, or be left out, counted and told."""
     tokenizer: Text = "auto"
@@ -329,6 +336,8 @@ class Recipe(Settings):
     """Distillation from a teacher; null: from labels alone."""
     prune: PruneSettings | None = None
     """Pruning; null: none."""
+    preference: PreferenceSettings | None = None
+    """Tuning on pairs of answers; null: none."""
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings
     checkpoint: CheckpointSettings = CheckpointSettings()

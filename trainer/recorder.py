@@ -18,7 +18,7 @@ from cuboid.parallel.loss import perplexity
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.trainer.check import virtual_stages
-from cuboid.trainer.engine import StepResult
+from cuboid.trainer.engine import Evaluation, StepResult
 from cuboid.trainer.metrics import BubbleMeter, Measurement
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
@@ -107,26 +107,21 @@ class Recorder:
         learning_rate: float,
         memory: Sequence[float],
         pipeline: Pipeline,
-        evaluation: Callable[[], tuple[float, int]] | None,
+        evaluation: Callable[[], Evaluation] | None,
     ) -> float | None:
         """Write the record of a completed step; the loss of its evaluation, the same on every rank, where it has one.
 
-        ``memory`` is `memory_by_rank` summed over ranks; ``evaluation`` gives (loss, tokens) of held-out text, and is
-        called by every rank when the step has been measured.
+        ``memory`` is `memory_by_rank` summed over ranks; ``evaluation`` is of held-out text, and is called by every
+        rank when the step has been measured.
         """
         measured = self._meter.measure(pipeline)
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         loss, evaluated = None, {}
         if evaluation is not None:
-            loss, predicted = evaluation()
+            found = evaluation()
             self._last = time.monotonic()
-            evaluated = {
-                "eval_loss": loss,
-                "eval_perplexity": perplexity(loss),
-                "eval_tokens": predicted,
-                "eval_seconds": self._last - now,
-            }
+            loss, evaluated = found.loss, {**_of_held_out(found), "eval_seconds": self._last - now}
         if measured is None:
             return loss
         tokens = self.recipe.train.global_batch * self.recipe.data.sequence_length
@@ -142,6 +137,7 @@ class Recorder:
             "memory_peak_bytes": int(max(memory)),
             **measured.bubble.record(),
             **(result.measures.record() if result.measures else {}),
+            **(result.preferences.record() if result.preferences else {}),
             **evaluated,
         }
         self.log.metrics(record)
@@ -152,10 +148,10 @@ class Recorder:
             self._draw(step, measured)
         return loss
 
-    def evaluated_first(self, loss: float, tokens: int) -> None:
+    def evaluated_first(self, found: Evaluation) -> None:
         """Tell the held-out loss before the first step."""
         if self.block.rank == 0:
-            self.event("evaluation", step=0, eval_loss=loss, eval_perplexity=perplexity(loss), eval_tokens=tokens)
+            self.event("evaluation", step=0, **_of_held_out(found))
         self._last = time.monotonic()
 
     def stopped(self, step: int, reason: str | None) -> None:
@@ -180,3 +176,11 @@ class Recorder:
             return
         if picture is not None and self.tracker is not None:
             self.tracker.image("timeline", picture)
+
+
+def _of_held_out(found: Evaluation) -> dict[str, float]:
+    """The fields of an evaluation; a loss of pairs is no mean over tokens and has no perplexity."""
+    record = {"eval_loss": found.loss, "eval_tokens": found.tokens}
+    if found.preferences is None:
+        return record | {"eval_perplexity": perplexity(found.loss)}
+    return record | {f"eval_{name}": value for name, value in found.preferences.record().items()}

@@ -22,7 +22,7 @@ import numpy as np
 
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.cache import Facts, cached, flush, mapped, say
-from cuboid.trainer.corpus import Corpus, Document, Example
+from cuboid.trainer.corpus import Corpus, Document, Example, Pair
 from cuboid.trainer.tokenizer import Tokenizer
 
 _FORMAT = 1
@@ -43,7 +43,7 @@ class Skipped:
     first: list[str] = field(default_factory=list)
     """What is wrong with the first few of them, and where they are."""
     unpredicted: int = 0
-    """Examples that leave nothing to predict."""
+    """Examples that leave nothing to predict, and pairs with such an answer."""
 
     def words(self) -> str:
         """In a line; empty where nothing was skipped."""
@@ -61,7 +61,7 @@ class Tokens:
     ids: np.ndarray
     """uint16 or uint32, [num_tokens], memory-mapped."""
     starts: np.ndarray
-    """int64, [num_documents + 1]; the last one is num_tokens."""
+    """int64, [num_documents + 1]; the last one is num_tokens. A pair is two documents, one after the other."""
     sha256: str
     """Over all arrays."""
     predicted: np.ndarray | None = None
@@ -142,7 +142,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> Facts:
 
 
 class _Piece(NamedTuple):
-    """A document, or a part of a long one."""
+    """A document, or a part of a long one; or an answer, the first or the last of its pair."""
 
     text: str
     first: bool
@@ -172,7 +172,7 @@ def _batches(corpus: Corpus, skipped: Skipped) -> Iterator[list[_Piece]]:
         for piece in _pieces(document):
             batch.append(piece)
             size += len(piece.text)
-            if size >= _BATCH_CHARACTERS:
+            if size >= _BATCH_CHARACTERS and (piece.last or piece.example is None):  # a pair stays together
                 yield batch
                 batch, size = [], 0
     if batch:
@@ -198,18 +198,26 @@ def _encode(batch: Sequence[_Piece], tokenizer: Tokenizer) -> _Encoded:
 def _encode_examples(batch: Sequence[_Piece], tokenizer: Tokenizer) -> _Encoded:
     """Each example as its template has written it. A token is predicted where the character it begins with is."""
     rows: list[np.ndarray] = []
-    masks = []
+    masks: list[np.ndarray] = []
+    whole: list[tuple[np.ndarray, np.ndarray]] = []  # of the example or pair that is under way
+    unpredicted = 0
     for piece, (ids, places) in zip(batch, tokenizer.encode_placed([piece.text for piece in batch]), strict=True):
         assert piece.example is not None
         borders = np.array(piece.example.predicted, np.int64).reshape(-1)
         mask = np.searchsorted(borders, places, side="right") % 2 == 1
         if piece.example.ends and tokenizer.end is not None:
             ids, mask = np.append(ids, tokenizer.end), np.append(mask, True)
-        if mask[1:].any():  # the first token follows none that could predict it
-            rows.append(ids)
-            masks.append(mask)
+        whole.append((ids, mask))
+        if not piece.last:
+            continue
+        if all(mask[1:].any() for _, mask in whole):  # the first token follows none that could predict it
+            rows += [ids for ids, _ in whole]
+            masks += [mask for _, mask in whole]
+        else:
+            unpredicted += 1
+        whole = []
     starts = np.cumsum([0, *map(len, rows)])[:-1]
-    return _Encoded(rows, starts.tolist(), masks, len(batch) - len(rows))
+    return _Encoded(rows, starts.tolist(), masks, unpredicted)
 
 
 def _pieces(document: Document) -> Iterator[_Piece]:
@@ -217,6 +225,10 @@ def _pieces(document: Document) -> Iterator[_Piece]:
 
     Cut before a space between two words, where a tokenizer divides the text anyway; else after a line, else anywhere.
     """
+    if isinstance(document, Pair):
+        yield _Piece(document.chosen.text, True, False, document.chosen)
+        yield _Piece(document.rejected.text, False, True, document.rejected)
+        return
     if isinstance(document, Example):
         if document.text:
             yield _Piece(document.text, True, True, document)

@@ -18,6 +18,7 @@ from cuboid.parallel.mesh import connect
 from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble
 from cuboid.trainer.check_distill import teacher_recipe
+from cuboid.trainer.check_preference import own_reference, reference_recipe
 from cuboid.trainer.data import Batch
 from cuboid.trainer.model import Blueprint
 from cuboid.trainer.model_config import config_of, num_experts
@@ -98,18 +99,27 @@ def _plain(value: float) -> float | None:
 
 
 def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with a model that is tried in seconds; a teacher that is as small is written into ``folder``."""
+    """The recipe with a model that is tried in seconds; a teacher or reference that is as small is written into
+    ``folder``."""
     small = shrink_recipe(recipe, config_of(recipe))
-    if recipe.distill is None:
-        return small
-    teacher = teacher_recipe(recipe)
-    # of another seed: a teacher that says the same as its student teaches nothing
-    of_teacher = shrink_recipe(teacher, config_of(teacher)).model_copy(update={"seed": recipe.seed + 1})
-    whole_with_values(of_teacher, undropped_blueprint(of_teacher)).save_pretrained(folder / "teacher")
-    # what was written of another teacher is not read; of a small vocabulary fewer tokens are the likeliest
-    top_k = recipe.distill.top_k and min(recipe.distill.top_k, config_of(small).vocab_size // 2)
-    changes = {"teacher": str(folder / "teacher"), "cache": None, "top_k": top_k}
-    return small.model_copy(update={"distill": recipe.distill.model_copy(update=changes)})
+    if recipe.distill is not None:
+        teacher = _small_model(teacher_recipe(recipe), folder / "teacher")
+        # what was written of another teacher is not read; of a small vocabulary fewer tokens are the likeliest
+        top_k = recipe.distill.top_k and min(recipe.distill.top_k, config_of(small).vocab_size // 2)
+        changes = {"teacher": teacher, "cache": None, "top_k": top_k}
+        small = small.model_copy(update={"distill": recipe.distill.model_copy(update=changes)})
+    if recipe.preference is not None and own_reference(recipe) is not None:
+        reference = _small_model(reference_recipe(recipe), folder / "reference")
+        small = small.model_copy(update={"preference": recipe.preference.model_copy(update={"reference": reference})})
+    return small
+
+
+def _small_model(own: Recipe, folder: Path) -> str:
+    """The folder with another model of the recipe's."""
+    # of another seed: one that says the same as the model that is trained teaches nothing
+    small = shrink_recipe(own, config_of(own)).model_copy(update={"seed": own.seed + 1})
+    whole_with_values(small, undropped_blueprint(small)).save_pretrained(folder)
+    return str(folder)
 
 
 def comparable(recipe: Recipe) -> Recipe:
@@ -209,6 +219,8 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
         words.append(f"weights rounded to {recipe.quantize.scheme}")
     if recipe.distill is not None:
         words.append(f"with {recipe.distill.weight:g} of a teacher")
+    if recipe.preference is not None:
+        words.append(f"pairs of answers ({recipe.preference.loss})")
     if recipe.precision.compute != "float32":
         words.append(recipe.precision.compute)
         if num_experts(blueprint.config):
