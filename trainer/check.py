@@ -358,7 +358,7 @@ def _reference_errors(recipe: Recipe, policy: PretrainedConfig) -> Iterator[User
     """So does the reference of preference tuning, where it is a model of its own."""
     if recipe.preference is None:
         return
-    errors, config = [], policy
+    config: PretrainedConfig | None = policy
     if (folder := own_reference(recipe)) is not None:
         errors, config = _other_model(reference_recipe(recipe))
         yield from as_of("preference.reference", folder, errors)

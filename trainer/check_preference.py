@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuboid.parallel.errors import FieldError
 from cuboid.trainer.adapter_folder import settings_of
@@ -26,9 +26,9 @@ def own_reference(recipe: Recipe) -> str | None:
 
 def reference_recipe(recipe: Recipe) -> Recipe:
     """The recipe by which the stages of a reference of its own are built: on the same mesh, and nothing is trained."""
-    parallel = {"engine": "native", "zero_stage": None, "offload": None, "offload_path": None}
+    parallel: dict[str, Any] = {"engine": "native", "zero_stage": None, "offload": None, "offload_path": None}
     parallel |= {"activation_checkpointing": "none"}
-    changes = {"preference": None}
+    changes: dict[str, Any] = {"preference": None}
     if (folder := own_reference(recipe)) is not None:
         parallel |= {"layers": None, "expert": 1}
         changes |= {"model": ModelSettings(pretrained=folder, attention=recipe.model.attention)}

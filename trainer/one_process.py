@@ -73,7 +73,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
     blueprint = undropped_blueprint(recipe)
     model = whole_with_values(recipe, blueprint)
-    judges = {"teaching": _teaching(recipe), "preferring": _preferring(recipe)}
+    teaching, preferring = _teaching(recipe), _preferring(recipe)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     masters = {name: nn.Parameter(weights[name].clone()) for name, p in model.named_parameters() if p.requires_grad}
     model.to(blueprint.compute)
@@ -97,7 +97,8 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
             pruning.begin(step, partial(_compute, blueprint, model, masters, batch))
         if quantization:
             quantization.begin(step)
-        losses.append(_backward(blueprint, model, masters, balance, batch, rows=rows, **judges))
+        loss = _backward(blueprint, model, masters, balance, batch, rows=rows, teaching=teaching, preferring=preferring)
+        losses.append(loss)
         if pruning:
             pruning.mask_gradients()
         if step == 1:
