@@ -40,8 +40,9 @@ MORE_CELLS = [
     Case(2, 2, 2, "dualpipe_v"),
     Case(2, 1, 2, activation_checkpointing="full"),
     Case(2, 1, 1, frozen="leading"),
-    Case(1, 2, 2, family="mixtral", expert=2),
+    Case(1, 2, 2, family="mixtral", expert=2, lora="experts"),
     Case(2, 1, 2, "zbv", lora="all"),
+    Case(1, 1, 2, lora="dora"),
     ZeroCase(1, 2, 1, zero_stage=2),
     ZeroCase(2, 2, 1, zero_stage=1),
 ]
