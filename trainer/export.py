@@ -63,7 +63,7 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
             raise UserError(f"{checkpoint} holds an adapter alone; use --to adapter, or --to merged for a whole model")
         config = trained_config(facts, weights)
         with disk_errors_of(out):
-            write_words(folder, config, facts["recipe"])
+            write_words(folder, config, facts)
             _write_weights(folder, weights, family=config.model_type, shard_bytes=shard_bytes)
         difference = _difference(folder, weights, config)
     return Exported(checkpoint, tuple(refused), difference, weights.left_out)
@@ -133,17 +133,27 @@ def trained_config(facts: Mapping[str, Any], weights: Weights) -> transformers.P
     return config
 
 
-def write_words(folder: Path, config: transformers.PretrainedConfig, recipe: Mapping[str, Any]) -> None:
-    """config.json, generation_config.json and the tokenizer."""
+def write_words(folder: Path, config: transformers.PretrainedConfig, facts: Mapping[str, Any]) -> None:
+    """config.json, generation_config.json and the tokenizer, with the chat template that the run was trained by."""
     config.save_pretrained(folder)
-    pretrained = recipe["model"]["pretrained"]
+    pretrained = facts["recipe"]["model"]["pretrained"]
     generation = transformers.GenerationConfig.from_model_config(config)
     if pretrained is not None:
         with suppress(OSError):  # a base model has none
             generation = transformers.GenerationConfig.from_pretrained(pretrained, local_files_only=True)
     generation.save_pretrained(folder)
-    limit = getattr(config, "max_position_embeddings", None)
-    save_tokenizer(recipe["data"]["tokenizer"], folder, pretrained=pretrained, max_tokens=limit)
+    write_tokenizer(folder, config, facts)
+
+
+def write_tokenizer(folder: Path, config: transformers.PretrainedConfig, facts: Mapping[str, Any]) -> None:
+    """With the chat template that the run was trained by, where its recipe named one."""
+    save_tokenizer(
+        facts["recipe"]["data"]["tokenizer"],
+        folder,
+        pretrained=facts["recipe"]["model"]["pretrained"],
+        max_tokens=getattr(config, "max_position_embeddings", None),
+        chat_template=facts.get("data", {}).get("chat_template"),
+    )
 
 
 def _write_weights(folder: Path, weights: Weights, *, family: str, shard_bytes: int) -> None:

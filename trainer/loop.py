@@ -19,6 +19,7 @@ from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
+from cuboid.trainer.chat_template import given_source
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.engine import Engine, NotFinite, StepResult
@@ -54,6 +55,8 @@ class Run:
     """Of an adapter run: what is trained, and the fingerprint of the frozen rest."""
     versions: dict[str, str]
     """Of what computes; on rank 0."""
+    chat_template: str | None
+    """The Jinja that the recipe names in place of the tokenizer's own: it may be a file, and files change."""
     dataset: Dataset | Mixture
     held_out: Dataset | Mixture | None
     """What evaluation reads."""
@@ -187,6 +190,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         model_config=config.to_dict(),
         adapter=adapter,
         versions=versions,
+        chat_template=given_source(recipe.data.chat_template),
         dataset=dataset,
         held_out=held_out,
         engine=engine,
@@ -252,7 +256,11 @@ def save(run: Run) -> None:
         "recipe": run.recipe.model_dump(mode="json"),
         "model_config": run.model_config,
         **({"adapter": run.adapter} if run.adapter else {}),
-        "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
+        "data": {
+            "fingerprint": run.dataset.fingerprint,
+            "next_sample": run.step * run.recipe.train.global_batch,
+            "chat_template": run.chat_template,
+        },
         "eval_loss": run.evaluated,
         "versions": run.versions,
         "layout": asdict(run.block.layout),
