@@ -221,7 +221,9 @@ def evaluate(
 
 @app.command()
 def generate(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported folder, a run, or a checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A model's or adapter's folder, a run, a checkpoint.")
+    ],
     prompt: Annotated[str, typer.Option(help="A message where the tokenizer has a chat template, else text.")],
     raw: Annotated[bool, typer.Option("--raw", help="Text that goes on, also where there is a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,

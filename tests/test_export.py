@@ -9,7 +9,9 @@ import pytest
 import torch
 from cases import Case
 from harness import run_ranks
+from runs import recipe_on, run
 from safetensors import safe_open
+from samples import CHATML, chats, said
 from stores import flip, make_model, save_first_weights, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -65,6 +67,17 @@ def test_a_pretrained_tokenizer_travels_along(tmp_path: Path) -> None:
     save_model(model, tmp_path / "second", 1, pretrained=str(tmp_path / "base"))
     export_hf(tmp_path / "second", tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc")["input_ids"] == [97, 98, 99]
+
+
+def test_a_run_s_chat_template_travels_along(tmp_path: Path) -> None:
+    """Also one of a file that is there no more."""
+    path = chats(tmp_path / "chats.jsonl", [said("Who are you?", "I am a program.")] * 8)
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    data = {"kind": "chat", "path": path, "chat_template": str(tmp_path / "mine.jinja"), "sequence_length": 128}
+    run(recipe_on("1x1x1", changes={"data": data, "train": {"steps": 2}}), tmp_path / "run")
+    (tmp_path / "mine.jinja").unlink()
+    export_hf(tmp_path / "run", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == CHATML
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A prompt answered: the most likely tokens, drawn ones, and by a chat template."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers  # noqa: F401  (its log handler keeps the stream that it finds first; not the runner's)
+from peft import LoraConfig, get_peft_model
 from stores import make_model, save_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from cuboid.launch import cli
@@ -66,6 +69,28 @@ def test_a_chat_template_is_used_where_there_is_one(model: Any, tmp_path: Path) 
     (tmp_path / "folder" / "chat_template.jinja").write_text(template)
     assert "<gold>" + generated(str(tmp_path / "folder"), "--prompt", "gold", "--max-new-tokens", "9") == plain
     assert generated(str(tmp_path / "folder"), "--prompt", "<gold>", "--raw", "--max-new-tokens", "9") == plain
+
+
+def test_an_adapter_s_folder_answers_with_its_model(model: Any, tmp_path: Path) -> None:
+    """As peft itself merges it, and by the tokenizer of its model; where that cannot be found it is said."""
+    base, folder = tmp_path / "folder", tmp_path / "adapter"
+    torch.manual_seed(5)
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    adapted.save_pretrained(folder)
+    expected = most_likely(adapted.merge_and_unload().eval(), "All that", 12)
+    assert expected != most_likely(model, "All that", 12)
+    printed = generated(str(folder), "--prompt", "All that", "--max-new-tokens", "12")
+    assert printed.rstrip("\n") == expected.rstrip("\n")
+    said = json.loads((folder / "adapter_config.json").read_text())
+    for change, words in (
+        ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
+        ({"peft_type": "IA3"}, "adapter uses peft_type=IA3"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(said | change))
+        done = CliRunner().invoke(cli.app, ["generate", str(folder), "--prompt", "All that"])
+        assert done.exit_code == 2, done.output
+        assert words in re.sub(r"\s+", " ", done.stderr)
 
 
 def test_mistakes_are_told_in_words(model: Any, tmp_path: Path) -> None:

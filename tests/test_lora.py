@@ -28,10 +28,10 @@ EVERY = [
     Case(2, 2, 1, "zbv", "qwen3", lora="dora"),
     Case(2, 1, 2, "1f1b", "llama", sequence=False, lora="dora"),
     Case(1, 1, 2, family="phi3", lora="dora"),  # a column gathered and a row of whole tokens
-    Case(1, 2, 2, family="mixtral", expert=2, lora="all"),
+    Case(1, 2, 2, family="mixtral", expert=2, shard=False, lora="dora"),
     Case(2, 2, 1, "zbv", "mixtral", lora="experts"),
     Case(1, 2, 1, family="gpt_oss", expert=2, lora="experts"),  # transposed
-    Case(1, 2, 2, family="olmoe", activation_checkpointing="full", shard=False, lora="experts-only"),
+    Case(1, 2, 2, family="olmoe", activation_checkpointing="full", shard=False, lora="down"),
     Case(2, 2, 1, "1f1b", "qwen3_moe", expert=2, lora="whole"),
 ]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cuboid.parallel.errors import FieldError
+from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.recipe_lora import LoraSettings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -75,3 +76,24 @@ def settings_of(lora: LoraSettings) -> LoraSettings:
         constraint = f"uses {', '.join(others)}, which is not offered"
         raise FieldError("lora.adapter", lora.adapter, constraint, "use a plain LoRA adapter")
     return settings
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether peft's save_pretrained has left an adapter here, and no model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def base_of(folder: Path) -> str:
+    """The folder or hub id of the model that an adapter is of.
+
+    Raises:
+        UserError: it names none, or it is of a kind that is not offered.
+    """
+    try:
+        settings_of(LoraSettings(adapter=str(folder)))
+    except FieldError as error:
+        raise UserError(f"{folder} {error.constraint}; {error.remedy}") from None
+    said: Mapping[str, Any] = json.loads((folder / CONFIG).read_text())
+    if not (base := said.get("base_model_name_or_path")):
+        raise UserError(f"{folder}: its {CONFIG} names no base_model_name_or_path; write the model's folder into it")
+    return str(base)

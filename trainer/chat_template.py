@@ -135,12 +135,7 @@ def open_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
     Raises:
         FieldError: no such file, no Jinja, or it leaves nothing of an assistant's answer to predict.
     """
-    if name == AUTO:
-        source = tokenizer.chat_template
-    elif name == CHATML:
-        source = _CHATML_SOURCE
-    else:
-        source = _read(name)
+    source = tokenizer.chat_template if name == AUTO else given_source(name)
     if source is None:
         return None
     template = ChatTemplate(source, tokenizer.special_tokens)
@@ -158,6 +153,17 @@ def open_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
             _FIELD, name, constraint, "write the assistant's content, inside {% generation %} if that is used"
         )
     return template
+
+
+def given_source(name: str) -> str | None:
+    """The Jinja that `data.chat_template` names in place of the tokenizer's own; None where it is auto.
+
+    Raises:
+        FieldError: no such file.
+    """
+    if name == AUTO:
+        return None
+    return _CHATML_SOURCE if name == CHATML else _read(name)
 
 
 def _read(name: str) -> str:

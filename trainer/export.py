@@ -70,7 +70,7 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
         config = trained_config(facts, weights)
         stored, smaller = _without_pruned(weights, config, facts["recipe"])
         with disk_errors_of(out):
-            write_words(folder, smaller, facts["recipe"])
+            write_words(folder, smaller, facts)
             _write_weights(folder, stored, family=config.model_type, shard_bytes=shard_bytes)
         limit = TOLERANCE if stored is weights else CUT_TOLERANCE
         difference = _difference(folder, weights, config, limit)
@@ -142,17 +142,27 @@ def trained_config(facts: Mapping[str, Any], weights: Weights) -> transformers.P
     return config
 
 
-def write_words(folder: Path, config: transformers.PretrainedConfig, recipe: Mapping[str, Any]) -> None:
-    """config.json, generation_config.json and the tokenizer."""
+def write_words(folder: Path, config: transformers.PretrainedConfig, facts: Mapping[str, Any]) -> None:
+    """config.json, generation_config.json and the tokenizer, with the chat template that the run was trained by."""
     config.save_pretrained(folder)
-    pretrained = recipe["model"]["pretrained"]
+    pretrained = facts["recipe"]["model"]["pretrained"]
     generation = transformers.GenerationConfig.from_model_config(config)
     if pretrained is not None:
         with suppress(OSError):  # a base model has none
             generation = transformers.GenerationConfig.from_pretrained(pretrained, local_files_only=True)
     generation.save_pretrained(folder)
-    limit = getattr(config, "max_position_embeddings", None)
-    save_tokenizer(recipe["data"]["tokenizer"], folder, pretrained=pretrained, max_tokens=limit)
+    write_tokenizer(folder, config, facts)
+
+
+def write_tokenizer(folder: Path, config: transformers.PretrainedConfig, facts: Mapping[str, Any]) -> None:
+    """With the chat template that the run was trained by, where its recipe named one."""
+    save_tokenizer(
+        facts["recipe"]["data"]["tokenizer"],
+        folder,
+        pretrained=facts["recipe"]["model"]["pretrained"],
+        max_tokens=getattr(config, "max_position_embeddings", None),
+        chat_template=facts.get("data", {}).get("chat_template"),
+    )
 
 
 def _without_pruned(

@@ -21,6 +21,7 @@ from cuboid.trainer.export import (
     trained_config,
     valid_checkpoint,
     without_progress_bar,
+    write_tokenizer,
     write_words,
 )
 from cuboid.trainer.manifest import CheckpointError
@@ -56,12 +57,13 @@ def export_adapter(source: Path, out: Path, *, merge: bool = False, overwrite: b
         if merge:
             with disk_errors_of(out), without_progress_bar():
                 model.merge_and_unload().save_pretrained(partial)
-                write_words(partial, trained_config(facts, weights), facts["recipe"])
+                write_words(partial, trained_config(facts, weights), facts)
             del model
             difference = (_logits(_loaded(partial), blueprint) - expected).abs().max() / expected.abs().max()
         else:
             with disk_errors_of(out):
                 model.save_pretrained(partial)
+                write_tokenizer(partial, blueprint.config, facts)
             del model
             _check_names(partial, weights)
             assert recipe.model.pretrained is not None

@@ -19,6 +19,7 @@ from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
 from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
+from cuboid.trainer.chat_template import given_source
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.engine import Engine, Evaluation, NotFinite, StepResult
@@ -57,6 +58,8 @@ class Run:
     """Fingerprint of the weights that teach."""
     versions: dict[str, str]
     """Of what computes; on rank 0."""
+    chat_template: str | None
+    """The Jinja that the recipe names in place of the tokenizer's own: it may be a file, and files change."""
     dataset: Dataset | Mixture
     held_out: Dataset | Mixture | None
     """What evaluation reads."""
@@ -211,6 +214,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         adapter=adapter,
         teacher=teacher,
         versions=versions,
+        chat_template=given_source(recipe.data.chat_template),
         dataset=dataset,
         held_out=held_out,
         engine=engine,
@@ -281,7 +285,11 @@ def save(run: Run) -> None:
         "model_config": run.model_config,
         **({"adapter": run.adapter} if run.adapter else {}),
         **({"teacher": run.teacher} if run.teacher else {}),
-        "data": {"fingerprint": run.dataset.fingerprint, "next_sample": run.step * run.recipe.train.global_batch},
+        "data": {
+            "fingerprint": run.dataset.fingerprint,
+            "next_sample": run.step * run.recipe.train.global_batch,
+            "chat_template": run.chat_template,
+        },
         "eval_loss": run.evaluated,
         "versions": run.versions,
         "layout": asdict(run.block.layout),

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
+from cuboid.trainer.adapter_folder import base_of, is_adapter_folder
 from cuboid.trainer.export import Exported, export_hf, probe, without_progress_bar
 from cuboid.trainer.low_rank_format import is_low_rank, load_low_rank, read_low_rank_config
 from cuboid.trainer.manifest import MANIFEST
+from cuboid.trainer.model import local_folder
+from cuboid.trainer.out_folder import disk_errors_of
 from cuboid.trainer.publish import discard
 from cuboid.trainer.recipe import Recipe, validated
 from cuboid.trainer.recipe_quantize import QuantizeSettings
@@ -46,11 +49,12 @@ def is_model_folder(source: Path) -> bool:
 
 @contextmanager
 def finished(source: Path, *, beside: Path) -> Iterator[Finished]:
-    """The model of ``source``, a run's folder, a checkpoint or a Hugging Face folder, as a Hugging Face folder; an
-    adapter is merged in.
+    """The model of ``source``, a run's folder, a checkpoint, a Hugging Face folder or one of an adapter, as a Hugging
+    Face folder; an adapter is merged in.
 
     Args:
-        beside: where there is room for a passing folder; it is made of a run or checkpoint, and removed at the end.
+        beside: where there is room for a passing folder; it is made of all but a Hugging Face folder, and removed at
+            the end.
 
     Raises:
         UserError: there is no model.
@@ -60,6 +64,10 @@ def finished(source: Path, *, beside: Path) -> Iterator[Finished]:
         return
     passing = beside.absolute().with_name(f".{beside.name}.model")
     try:
+        if is_adapter_folder(source):
+            _merge(source, passing)
+            yield Finished(passing)
+            return
         if read_facts(inspection.resolve(source))["recipe"].get("lora"):
             from cuboid.trainer.export_adapter import export_adapter
 
@@ -78,6 +86,22 @@ def trained_rounding(source: Path) -> QuantizeSettings | None:
         return None
     recipe, _ = validated(read_facts(inspection.resolve(source))["recipe"])
     return recipe.quantize if recipe else None
+
+
+def _merge(adapter: Path, out: Path) -> None:
+    """The whole model of an adapter's folder; its tokenizer is the adapter's, or else the model's."""
+    from cuboid.trainer.adapters import load_adapter
+
+    base = base_of(adapter)
+    try:
+        folder = local_folder(base)
+    except OSError as error:
+        raise UserError(f"{adapter}: its model {base} is not here: {_first_line(error)}") from error
+    model: Any = load_adapter(load_model(folder), adapter)
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else folder)
+    with disk_errors_of(out), quietly():
+        model.merge_and_unload().save_pretrained(out)
+        tokenizer.save_pretrained(out)
 
 
 def read_config(folder: Path) -> Config:

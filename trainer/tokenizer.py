@@ -159,10 +159,13 @@ def open_tokenizer(name: str, *, pretrained: str | None = None, vocab_size: int 
     return tokenizer
 
 
-def save_tokenizer(name: str, folder: Path, *, pretrained: str | None, max_tokens: int | None) -> None:
+def save_tokenizer(
+    name: str, folder: Path, *, pretrained: str | None, max_tokens: int | None, chat_template: str | None = None
+) -> None:
     """Write the tokenizer that `data.tokenizer` names to ``folder``, as `AutoTokenizer.from_pretrained` loads it.
 
-    Bytes become a byte-level BPE without merges, which gives the same ids.
+    Bytes become a byte-level BPE without merges, which gives the same ids. ``chat_template`` takes the place of the
+    tokenizer's own.
 
     Raises:
         FieldError: there is no such tokenizer any more.
@@ -172,6 +175,8 @@ def save_tokenizer(name: str, folder: Path, *, pretrained: str | None, max_token
     tokenizer: Any = _byte_tokenizer() if name == BYTES else PretrainedTokenizer(name)._tokenizer
     if max_tokens is not None:
         tokenizer.model_max_length = max_tokens
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(folder))
 
 
