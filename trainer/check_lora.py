@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cuboid.parallel.errors import FieldError, one_of
 from cuboid.trainer.adapter_folder import settings_of
+from cuboid.trainer.check_adapter_base import base_errors, size_errors
 from cuboid.trainer.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def lora_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         return
     if runs_here and find_spec("peft") is None:
         yield FieldError("lora", "{...}", "needs the package peft", "pip install 'cuboid[lora]', or use null")
+    yield from base_errors(recipe)
     if recipe.parallel.engine == "deepspeed":
         yield FieldError("parallel.engine", "deepspeed", "is not proven with lora", "use native")
     if recipe.lora.dora and recipe.parallel.tensor > 1:
@@ -54,6 +56,8 @@ def target_errors(recipe: Recipe, blueprint: Blueprint) -> Iterator[FieldError]:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         constraint = f"is no adapter of this {blueprint.config.model_type}: {'; '.join(wrong[:3])}{more}"
         yield FieldError("lora.adapter", settings.adapter, constraint, "give the model that it was made of")
+    if not errors:
+        yield from size_errors(recipe, settings, blueprint)
 
 
 def _linear_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:
