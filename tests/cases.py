@@ -20,6 +20,7 @@ NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id":
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "large": {"model_type": "llama", "hidden_size": 64, "vocab_size": 16384},
+    "blocks": {"model_type": "llama", "attention_bias": True, "hidden_size": 128, "intermediate_size": 256},
     "smollm2": {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2"},
@@ -111,6 +112,9 @@ LORA: dict[str, dict[str, Any] | None] = {
     "experts": {"rank": 3, "alpha": 6.0, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "down": {"targets": ["v_proj"], "rank": 4, "alpha": 8.0, "target_parameters": ["experts.down_proj"]},
     "whole": {"rank": 4, "alpha": 8.0, "modules_to_save": ["embed_tokens", "norm", "lm_head"]},
+    "nf4": {"rank": 4, "alpha": 8.0, "base": "nf4", "bias": "lora_only"},
+    "nf4-some": {"targets": ["q_proj", "down_proj"], "rank": 4, "alpha": 8.0, "base": "nf4"},
+    "nf4-whole": {"rank": 2, "alpha": 4.0, "base": "nf4", "modules_to_save": ["up_proj", "embed_tokens", "lm_head"]},
 }
 """Adapters; their matrices get values away from zero, so that each has a gradient."""
 

@@ -29,6 +29,7 @@ from cases import (
     VOCABULARY,
     Case,
 )
+from four_bits import cut_out_of, round_frozen
 from harness import run_ranks
 from taught import divergence
 from torch import nn
@@ -38,6 +39,7 @@ from watch import Watch, Work
 
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
+from cuboid.parallel.nf4 import values
 from cuboid.trainer.adapters import inject, with_adapters
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch
@@ -51,7 +53,6 @@ from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWei
 from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.structures import structures
-from cuboid.trainer.weights import from_full
 
 # gathering a whole parameter to look at it is allowed to be slow
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -107,6 +108,8 @@ def one_process(case: Case) -> nn.Module:
                     parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
                 elif ".lora_" in name:
                     parameter.normal_(std=0.1)
+            if lora.base == "nf4":
+                round_frozen(model.get_submodule("model.layers"))
     return model
 
 
@@ -270,7 +273,7 @@ def assembled(case: Case, weights: Mapping[str, torch.Tensor], folder: Path | No
         freeze(blueprint.model, case.frozen)
         if recipe.lora is not None:
             blueprint = with_adapters(blueprint, recipe.lora)
-        given = from_full(weights.__getitem__) if folder is None else initial_weights(recipe, blueprint)
+        given = cut_out_of(weights) if folder is None else initial_weights(recipe, blueprint)
         yield assemble(recipe, block, blueprint, given)
 
 
@@ -321,7 +324,7 @@ def compare(case: Case, expected: Reference, folder: Path | None = None) -> Diff
                 touched += [name for name, grad in engine.gradients() if name in kept and grad is not None]
                 measures = result.measures and result.measures.record()
             engine.update(result, learning_rate=LEARNING_RATE)
-        moved = {name: full(weight) - expected.weights[name] for name, weight in engine.weights()}
+        moved = {name: values(full(weight)) - expected.weights[name] for name, weight in engine.weights()}
         touched += [name for name in kept if moved[name].any()]
         updates = [
             ((moved[name] - update).norm() / update.norm(), name)

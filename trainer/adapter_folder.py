@@ -50,7 +50,7 @@ def settings_of(lora: LoraSettings) -> LoraSettings:
     """
     if lora.adapter is None:
         return lora
-    defaults = LoraSettings(adapter=lora.adapter)
+    defaults = LoraSettings(adapter=lora.adapter, base=lora.base)
     if changed := [name for name, value in lora if value != getattr(defaults, name)]:
         constraint = f"stands beside lora.adapter={lora.adapter}, whose {CONFIG} says it"
         raise FieldError(f"lora.{changed[0]}", getattr(lora, changed[0]), constraint, "leave it out")
@@ -62,7 +62,7 @@ def settings_of(lora: LoraSettings) -> LoraSettings:
     try:
         said: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         given = {ours: said[theirs] for theirs, ours in _OURS.items() if said.get(theirs) is not None}
-        own = {"rank": said["r"], "alpha": float(said["lora_alpha"]), "adapter": lora.adapter}
+        own = {"rank": said["r"], "alpha": float(said["lora_alpha"]), "adapter": lora.adapter, "base": lora.base}
         settings = LoraSettings.model_validate({**given, **own})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         constraint = f"has an {CONFIG} that cannot be gone on from: {str(error).splitlines()[0]}"

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cuboid.parallel.stages import Anatomy
+from cuboid.trainer.adapter_base import Base
 from cuboid.trainer.adapter_folder import TENSORS, settings_of
 from cuboid.trainer.model import Blueprint, seed_of
 from cuboid.trainer.recipe import Recipe
@@ -33,7 +34,8 @@ ADAPTER = "default"
 """peft's name of a model's only adapter."""
 _LENGTHS = ".lora_magnitude_vector."
 """In the names of DoRA's lengths of rows."""
-_INITS: Mapping[str, bool | str] = {"default": True, "gaussian": "gaussian"}
+_INITS: Mapping[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+"""What peft calls those first values that it draws; the others are made here, for a model that is still on `meta`."""
 _WRAPPED = re.compile(rf"\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.{ADAPTER}(?=\.)")
 
 
@@ -47,7 +49,8 @@ def adapt(recipe: Recipe, blueprint: Blueprint, weights: CopyInto) -> tuple[Blue
     assert recipe.lora is not None
     settings = settings_of(recipe.lora)
     adapted = with_adapters(blueprint, settings)
-    drawn = from_full(lambda name: _drawn(adapted, name, settings, seed=recipe.seed))
+    base = Base(adapted, settings, weights)
+    drawn = from_full(lambda name: _first_value(adapted, name, settings, base, seed=recipe.seed))
     lengths = from_full(lambda name: _lengths(adapted, name, weights))
     stored = settings.adapter and _from_adapter(_file(settings.adapter), adapted.model)
     of_adapter = trained(adapted.model).keys()
@@ -60,7 +63,7 @@ def adapt(recipe: Recipe, blueprint: Blueprint, weights: CopyInto) -> tuple[Blue
         elif ".lora_" in name:
             drawn(name, part, target)
         else:
-            weights(base_name(name), part, target)
+            base.copy_into(base_name(name), part, target)
 
     return adapted, copy_into
 
@@ -154,7 +157,7 @@ def peft_config(model: nn.Module, settings: LoraSettings, anatomy: Anatomy) -> p
         use_dora=settings.dora,
         modules_to_save=list(settings.modules_to_save) or None,
         target_parameters=settings.target_parameters and list(settings.target_parameters),
-        init_lora_weights=_INITS[settings.init],
+        init_lora_weights=_INITS.get(settings.init, True),
     )
 
 
@@ -237,10 +240,13 @@ def trained_share(blueprint: Blueprint) -> dict[str, Any]:
     }
 
 
-def _drawn(blueprint: Blueprint, name: str, settings: LoraSettings, *, seed: int) -> Tensor:
-    """The first value of an adapter's matrix, whole, on the CPU: drawn by peft's own rule for the layer that it is of,
-    from a generator that is seeded by the run's seed and that layer's name."""
+def _first_value(blueprint: Blueprint, name: str, settings: LoraSettings, base: Base, *, seed: int) -> Tensor:
+    """The first value of an adapter's matrix, whole, on the CPU: taken out of the matrix beside it, or drawn by peft's
+    own rule for the layer that it is of, from a generator that is seeded by the run's seed and that layer's name."""
     owner, _, parameter = name.partition(".lora_")
+    if settings.takes_out:
+        lora_A, lora_B = base.factors(owner)
+        return lora_A if parameter.startswith("A.") else lora_B
     layer: Any = blueprint.model.get_submodule(owner)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, owner))
@@ -251,7 +257,11 @@ def _drawn(blueprint: Blueprint, name: str, settings: LoraSettings, *, seed: int
             on_meta = getattr(layer, part)[ADAPTER]
             linear = nn.Linear(on_meta.in_features, on_meta.out_features, bias=on_meta.bias is not None)
             twin._modules[part] = nn.ModuleDict({ADAPTER: linear})
-        twin.reset_lora_parameters(ADAPTER, _INITS[settings.init])
+        twin._modules["base_layer"] = nn.Linear(1, 1)  # of which peft asks the type of numbers: the own may hold bytes
+        if settings.init == "orthogonal":
+            twin.orthogonal_init(ADAPTER)
+        else:
+            twin.reset_lora_parameters(ADAPTER, _INITS[settings.init])
     return twin.get_parameter(f"lora_{parameter}").detach().view(blueprint.model.get_parameter(name).shape)
 
 

@@ -20,6 +20,7 @@ from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
+from cuboid.parallel.nf4 import hold_in_4_bits
 from cuboid.parallel.pipeline import Loss, Pipeline
 from cuboid.parallel.preference import LogProbabilitiesKept, PreferenceLoss
 from cuboid.parallel.pruning import Pruning
@@ -127,6 +128,9 @@ def build_stages(
     for index in _stage_indices(recipe, block):
         # cut on meta first: nothing that this rank does not compute ever takes memory
         stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
+        # before anything is divided: blocks of a matrix, not its numbers
+        if recipe.lora is not None and recipe.lora.base == "nf4":
+            hold_in_4_bits(stage.layers)
         # before tensor parallelism, whose exchanges lie around a product with rounded weights
         if quantization is not None:
             quantization.apply(stage)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cuboid.parallel.errors import FieldError, one_of
 from cuboid.trainer.adapter_folder import settings_of
+from cuboid.trainer.check_adapter_base import base_errors, size_errors
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_fields import written
 
@@ -26,6 +27,7 @@ def lora_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         return
     if runs_here and find_spec("peft") is None:
         yield FieldError("lora", "{...}", "needs the package peft", "pip install 'cuboid[lora]', or use null")
+    yield from base_errors(recipe)
     if recipe.moe is not None and recipe.moe.experts is not None:
         constraint = "draws a router, which lora leaves frozen: it would never learn whom to choose"
         yield FieldError("moe.experts", recipe.moe.experts, constraint, "use null, or lora=null")
@@ -55,6 +57,8 @@ def target_errors(recipe: Recipe, blueprint: Blueprint) -> Iterator[FieldError]:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         constraint = f"is no adapter of this {blueprint.config.model_type}: {'; '.join(wrong[:3])}{more}"
         yield FieldError("lora.adapter", settings.adapter, constraint, "give the model that it was made of")
+    if not errors:
+        yield from size_errors(recipe, settings, blueprint)
 
 
 def _engine_errors(settings: LoraSettings, recipe: Recipe) -> Iterator[FieldError]:

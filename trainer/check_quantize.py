@@ -37,6 +37,9 @@ def quantize_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         yield FieldError("quantize.start_step", settings.start_step, constraint, f"use at most {recipe.train.steps}")
     if recipe.lora is not None and recipe.lora.dora:
         yield FieldError("lora.dora", "true", "is not yet proven with quantize", "use false, or quantize=null")
+    if recipe.lora is not None and recipe.lora.base is not None:
+        constraint = "is rounded once already, beside what quantize rounds at each step"
+        yield FieldError("lora.base", recipe.lora.base, constraint, "use null, or quantize=null")
     if recipe.lora is not None and recipe.lora.dropout > 0:
         constraint = "drops inputs of the adapter alone, and what is rounded is its sum with the matrix (quantize)"
         yield FieldError("lora.dropout", recipe.lora.dropout, constraint, "use 0.0")

@@ -10,8 +10,16 @@ import transformers
 from torch import Tensor, nn
 
 from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer.adapter_base import Base
 from cuboid.trainer.adapter_folder import TENSORS
-from cuboid.trainer.adapters import base_name, expert_matrices, load_adapter, stored_name, whole_peft_model
+from cuboid.trainer.adapters import (
+    base_name,
+    expert_matrices,
+    load_adapter,
+    stored_name,
+    whole_peft_model,
+    with_adapters,
+)
 from cuboid.trainer.assemble import initial_weights
 from cuboid.trainer.export import (
     Exported,
@@ -34,7 +42,8 @@ from cuboid.trainer.weights import fingerprint, shapes_in
 
 TOLERANCE = 1e-5
 MERGED_TOLERANCE = 1e-4
-"""Of the largest logit: W + B A is one rounded matrix, where W x + B A x were two products."""
+"""Of the largest logit: W + B A is one rounded matrix, where W x + B A x were two products. So it is where W stands for
+W less what was taken out of it."""
 
 
 def export_adapter(source: Path, out: Path, *, merge: bool = False, overwrite: bool = False) -> Exported:
@@ -51,7 +60,8 @@ def export_adapter(source: Path, out: Path, *, merge: bool = False, overwrite: b
     weights, facts = open_weights(checkpoint)
     recipe, settings = _recipe(checkpoint, facts, merge=merge)
     blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention)
-    model = _filled(recipe, blueprint, settings, weights)
+    base = Base(with_adapters(blueprint, settings), settings, initial_weights(recipe, blueprint))
+    model = _filled(recipe, blueprint, settings, weights, base)
     expected = _logits(model, blueprint)
     with new_folder(Path(out), source=checkpoint, overwrite=overwrite) as partial:
         if merge:
@@ -61,15 +71,18 @@ def export_adapter(source: Path, out: Path, *, merge: bool = False, overwrite: b
             del model
             difference = (_logits(_loaded(partial), blueprint) - expected).abs().max() / expected.abs().max()
         else:
+            if settings.takes_out:
+                model = _beside_whole(model, recipe, blueprint, settings, base)
             with disk_errors_of(out):
                 model.save_pretrained(partial)
                 write_tokenizer(partial, blueprint.config, facts)
             del model
             _check_names(partial, weights)
-            assert recipe.model.pretrained is not None
-            loaded = load_adapter(_loaded(local_folder(recipe.model.pretrained)), partial)
+            loaded = load_adapter(_its_base(recipe, blueprint, settings, base), partial)
             difference = (_logits(loaded, blueprint) - expected).abs().max()
-        limit = MERGED_TOLERANCE if merge else TOLERANCE
+            if settings.takes_out:
+                difference /= expected.abs().max()
+        limit = MERGED_TOLERANCE if merge or settings.takes_out else TOLERANCE
         if not difference <= limit:
             words = f"its logits differ by {difference:.1e}, more than {limit:.0e}"
             raise RunFailed(f"{checkpoint} was not exported: loaded again, {words}")
@@ -92,16 +105,17 @@ def _recipe(checkpoint: Path, facts: dict[str, Any], *, merge: bool) -> tuple[Re
         raise UserError(f"{checkpoint}: {words}; use --to merged")
     if pretrained is not None and fingerprint(local_folder(pretrained)) != facts["adapter"]["base"]:
         raise UserError(f"{checkpoint}: the model in {pretrained} is not the one that was trained on (other weights)")
-    return recipe, LoraSettings.model_validate(facts["adapter"]["settings"])
+    settings = LoraSettings.model_validate(facts["adapter"]["settings"])
+    if settings.takes_out and settings.base and not merge:
+        words = f"lora.init={settings.init} left matrices that were then rounded to lora.base={settings.base}"
+        raise UserError(f"{checkpoint}: {words}, and no adapter beside those of {pretrained} is equal; use --to merged")
+    return recipe, settings
 
 
-def _filled(recipe: Recipe, blueprint: Blueprint, settings: LoraSettings, weights: Weights) -> Any:
-    """peft's own model: the base as the run read it, and what was trained from the checkpoint."""
-    base = recipe.model.pretrained
-    if base is not None and Path(base).expanduser().is_dir():
-        base = str(Path(base).expanduser().absolute())
-    model = whole_peft_model(whole_model(blueprint), settings, blueprint.anatomy, base=base)
-    read, named = initial_weights(recipe, blueprint), dict(model.base_model.model.named_parameters())
+def _filled(recipe: Recipe, blueprint: Blueprint, settings: LoraSettings, weights: Weights, base: Base) -> Any:
+    """peft's own model: the base as the run held it, and what was trained from the checkpoint."""
+    model = _peft_model(recipe, blueprint, settings)
+    named = dict(model.base_model.model.named_parameters())
     shapes = {matrix.weight: shape for matrix, shape in expert_matrices(model)}
     trained = {
         name: parameter.data.view(shapes.get(parameter, parameter.shape))
@@ -113,7 +127,41 @@ def _filled(recipe: Recipe, blueprint: Blueprint, settings: LoraSettings, weight
     weights.fill(trained)
     for name, parameter in named.items():
         if name not in trained:
-            read(base_name(name), tuple(slice(0, size) for size in parameter.shape), parameter.data)
+            base.copy_into(base_name(name), tuple(slice(0, size) for size in parameter.shape), parameter.data)
+    return model
+
+
+def _beside_whole(filled: Any, recipe: Recipe, blueprint: Blueprint, settings: LoraSettings, base: Base) -> Any:
+    """The same function as an adapter of twice the rank beside the whole W: of W less s B0 A0, and s B A beside it, is
+    s (B A - B0 A0) = s [B, -B0] [A; A0] beside W (peft's "Convert PiSSA to LoRA")."""
+    alpha = settings.alpha * (2**0.5 if settings.rslora else 2)
+    doubled = settings.model_copy(update={"rank": 2 * settings.rank, "alpha": alpha, "init": "default"})
+    model, values = _peft_model(recipe, blueprint, doubled), dict(filled.base_model.model.named_parameters())
+    for name, parameter in model.base_model.model.named_parameters():
+        owner, _, part = name.partition(".lora_")
+        if part.startswith("A."):
+            parameter.data.copy_(torch.cat([values[name].data, base.factors(owner)[0]]))
+        elif part.startswith("B."):
+            parameter.data.copy_(torch.cat([values[name].data, -base.factors(owner)[1]], dim=1))
+        else:  # of the frozen ones none is saved
+            parameter.data.copy_(values[name])
+    return model
+
+
+def _peft_model(recipe: Recipe, blueprint: Blueprint, settings: LoraSettings) -> Any:
+    base = recipe.model.pretrained
+    if base is not None and Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().absolute())
+    return whole_peft_model(whole_model(blueprint), settings, blueprint.anatomy, base=base)
+
+
+def _its_base(recipe: Recipe, blueprint: Blueprint, settings: LoraSettings, base: Base) -> nn.Module:
+    """What the adapter is loaded beside: the model of the folder that it names, as users load it, or with the numbers
+    that the run's 4 bits stand for."""
+    assert recipe.model.pretrained is not None
+    model = _loaded(local_folder(recipe.model.pretrained))
+    for name, parameter in model.named_parameters() if settings.base else ():
+        base.copy_into(name, tuple(slice(0, size) for size in parameter.shape), parameter.data)
     return model
 
 

@@ -118,9 +118,11 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
 
 
 def first_values(recipe: Recipe, blueprint: Blueprint) -> tuple[Blueprint, CopyInto]:
-    """As a run begins, but that an adapter's B is drawn too: beside a B of zeros A has no gradient, and zeros on both
-    sides prove nothing."""
+    """As a run begins, but that an adapter's B is drawn too where it would be zeros: A then has no gradient, and zeros
+    on both sides prove nothing."""
     blueprint, weights = prepared(recipe, blueprint)
+    if recipe.lora is None or recipe.lora.init not in ("default", "gaussian"):
+        return blueprint, weights
 
     def draw(name: str) -> Tensor:
         owner, _, _ = name.partition(".lora_B.")

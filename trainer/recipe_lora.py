@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from cuboid.trainer.recipe_fields import Count, Momentum, Names, Offered, Positive, Settings, Text
+from cuboid.trainer.recipe_fields import Count, Momentum, Names, Positive, Settings, Text
 
 
 class LoraSettings(Settings):
@@ -31,9 +31,17 @@ class LoraSettings(Settings):
     target_parameters: Names | None = None
     """Fused experts that get an adapter each, by the ends of their parameters' names, such as [experts.gate_up_proj,
     experts.down_proj]; beside targets, which may be [] then."""
-    init: Annotated[
-        Literal["default", "gaussian", "orthogonal", "pissa", "olora"], Offered(("default", "gaussian"))
-    ] = "default"
-    """How A is drawn, by peft's names; B begins as zero, so that the model is at first itself."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """First values of A and B, by peft's names. default and gaussian draw A, and B is zero; orthogonal draws both so
+    that B A is zero; pissa (Meng et al. 2024, arXiv 2404.02948) takes W's largest singular values out of W, olora
+    (arXiv 2406.01775) a part of its QR decomposition: W is frozen without them."""
+    base: Literal["nf4"] | None = None
+    """How the frozen linears of layers are held: nf4, in 4 bits (Dettmers et al. 2023, "QLoRA"), or null, as
+    precision.parameters says."""
     adapter: Text | None = None
     """Folder of a peft adapter to go on from; it then says targets, rank and the rest, which stay away here."""
+
+    @property
+    def takes_out(self) -> bool:
+        """Whether the adapter begins as a part of W that W is frozen without."""
+        return self.init in ("pissa", "olora")

@@ -18,25 +18,28 @@ if TYPE_CHECKING:
 
 _HEAD = 8
 _TOKENS = 16
+LEAST_SIZE = 2 * _HEAD
+"""Rows and columns that each shrunk matrix has at least."""
 
 
 def shrink_config(
-    config: PretrainedConfig, *, tensor: int, layers: int, expert: int = 1, top_k: int | None = 2
+    config: PretrainedConfig, *, tensor: int, layers: int, expert: int = 1, top_k: int | None = 2, block: int = 1
 ) -> PretrainedConfig:
     """The same family with ``layers`` small layers, of all kinds in turn, that divide by ``tensor``, and few experts
-    that divide by ``expert``, of which each token chooses ``top_k``, or None: all."""
+    that divide by ``expert``, of which each token chooses ``top_k``, or None: all. A tensor rank's features divide by
+    ``block``."""
     small = copy.deepcopy(config)
     kinds = layer_kinds(config)
     kv_heads = getattr(config, "num_key_value_heads", None)
     share = 1 if kv_heads is None else min(config.num_attention_heads // kv_heads, 2)
     heads = share * lcm(2, tensor)
-    experts = lcm(4, expert)
+    experts, head = lcm(4, expert), lcm(_HEAD, block)
     sizes = {
         "num_attention_heads": heads,
         "num_key_value_heads": heads // share,
-        "head_dim": _HEAD,
-        "hidden_size": heads * _HEAD,
-        "intermediate_size": 6 * lcm(_HEAD, tensor),
+        "head_dim": head,
+        "hidden_size": heads * head,
+        "intermediate_size": lcm(6 * lcm(_HEAD, tensor), block * tensor),
         "moe_intermediate_size": 2 * _HEAD,
         "num_experts": experts,
         "num_local_experts": experts,
@@ -55,7 +58,7 @@ def shrink_config(
         setattr(small, name, [kinds[layer % len(kinds)][name] for layer in range(layers)])
     rope = getattr(small, "rope_parameters", None) or {}
     for name in {"short_factor", "long_factor"} & rope.keys():  # of longrope: one for each pair of features that turns
-        rope[name] = rope[name][: int(_HEAD * rope.get("partial_rotary_factor", 1.0)) // 2]
+        rope[name] = rope[name][: int(head * rope.get("partial_rotary_factor", 1.0)) // 2]
     return small
 
 
@@ -73,6 +76,8 @@ def layer_kinds(config: PretrainedConfig) -> list[Mapping[str, Any]]:
 def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
     """The recipe with such a model, drawn from the seed, and short sequences; mesh, schedule, microbatches and all that
     is turned on stay."""
+    from cuboid.parallel.nf4 import BLOCK
+
     parallel = recipe.parallel
     stages, kinds = parallel.pipeline * virtual_stages(recipe), len(layer_kinds(config))
     layers = config.num_hidden_layers if parallel.layers else min(config.num_hidden_layers, max(stages + 1, 2 * kinds))
@@ -83,6 +88,7 @@ def shrink_recipe(recipe: Recipe, config: PretrainedConfig) -> Recipe:
         expert=parallel.expert,
         # near a tie, rounding in bfloat16 decides which expert a token chooses, and no two orders of sums round alike
         top_k=2 if recipe.precision.compute == "float32" else None,
+        block=BLOCK if recipe.lora is not None and recipe.lora.base == "nf4" else 1,
     )
     known = known_keys(type(config)) - set(_NOT_VALUES)
     values = {key: value for key, value in small.to_diff_dict().items() if key in known}

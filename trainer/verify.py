@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cuboid.parallel.mesh import connect
+from cuboid.parallel.nf4 import values
 from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble
 from cuboid.trainer.check_distill import teacher_recipe
@@ -25,7 +26,7 @@ from cuboid.trainer.model_config import config_of, num_experts
 from cuboid.trainer.one_process import Reference, first_values, undropped_blueprint, whole_with_values
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.shrink import shrink_recipe
+from cuboid.trainer.shrink import LEAST_SIZE, shrink_recipe
 
 _ROUNDED = {"loss_rel": 2e-4, "grad_norm_rel": 1e-2, "update_rel": 2e-2}
 """With rounded weights (`quantize`), from the second step on: an update that differs in its last bit may lie on the
@@ -128,6 +129,8 @@ def comparable(recipe: Recipe) -> Recipe:
     if recipe.lora is None:
         return recipe
     settings = settings_of(recipe.lora).model_copy(update={"adapter": None, "dropout": 0.0})
+    if settings.takes_out:  # a shrunk matrix has no more to take out
+        settings = settings.model_copy(update={"rank": min(settings.rank, LEAST_SIZE)})
     return recipe.model_copy(update={"lora": settings})
 
 
@@ -210,7 +213,7 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
         groups = f" in groups of {parallel.shard}" if recipe.layout.replicas > 1 else ""
         words.append(f"sharded{groups}" if recipe.is_sharded else "replicated")
     if recipe.lora is not None:
-        words.append(f"adapters of rank {recipe.lora.rank}")
+        words.append(f"adapters of rank {recipe.lora.rank}" + " beside 4 bits" * (recipe.lora.base == "nf4"))
     if recipe.parallel.expert > 1:
         words.append(f"experts over {recipe.parallel.expert} ranks")
     if recipe.prune is not None:
@@ -229,7 +232,7 @@ def _mesh(recipe: Recipe, blueprint: Blueprint) -> str:
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return values(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 def _relative(found: float, expected: float) -> float:
