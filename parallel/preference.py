@@ -97,3 +97,7 @@ class LogProbabilitiesKept(LogitsKept):
 
     def __call__(self, logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         return super().__call__(-self._cross_entropy.of_tokens(logits, labels), rows)
+
+    def of(self, logits: Tensor) -> dict[str, Tensor]:
+        """What `PreferenceLoss` takes: by now the log probabilities, [B, T]."""
+        return {"reference": logits}

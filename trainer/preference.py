@@ -69,4 +69,4 @@ class Preference:
         targets = {"labels": batch.labels, "rows": torch.arange(len(batch.labels))} if ends.is_last else None
         with self.beneath():
             ends.evaluate(batch.input_ids if ends.is_first else None, targets, position_ids=batch.position_ids)
-        return {"position_ids": batch.position_ids, "reference": self.kept.take()} if ends.is_last else {}
+        return {"position_ids": batch.position_ids, **self.kept.take()} if ends.is_last else {}
