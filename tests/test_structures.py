@@ -36,10 +36,12 @@ from typer.testing import CliRunner
 
 from cuboid.launch import cli
 from cuboid.parallel import structures as parallel_structures
+from cuboid.parallel.errors import UserError
 from cuboid.trainer import structures
 from cuboid.trainer.check import Devices, check
 from cuboid.trainer.export import export_hf
 from cuboid.trainer.recipe import PruneSettings
+from cuboid.trainer.recipe_file import load_recipe
 
 CELLS = [
     Case(2, 2, 2, "1f1b", tied=True, prune="heads"),
@@ -327,6 +329,11 @@ def test_what_cannot_be_removed_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text")
     assert complaints(recipe(prune=prune, **others)) == [told]
+
+
+def test_all_of_it_is_refused() -> None:
+    with pytest.raises(UserError, match=r"prune\.ratio=1\.0 is not below 1\.0"):
+        load_recipe("quickstart", ["prune={method: layers, ratio: 1.0}"])
 
 
 def test_what_can_be_removed_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
