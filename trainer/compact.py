@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ class Compact:
     parts: Mapping[str, Rest]
     """By the name in the smaller model."""
 
-    @property
+    @cached_property
     def records(self) -> dict[str, TensorRecord]:
         return {
             name: replace(self.whole.records[part.name], shape=part.shape, chunks=())
