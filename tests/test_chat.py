@@ -212,10 +212,10 @@ def test_templates_that_cannot_be_used_are_told_before_anything_is_read(tmp_path
     assert lines == [
         "data.text_column=body means nothing for data.kind=chat; use text, or data.kind=text",
         "data.cross_documents=true means nothing for data.kind=chat; use false, or data.kind=text",
-        "data.columns.prompt=q means nothing for data.kind=chat; use prompt, or data.kind=instruct",
+        "data.columns.prompt=q means nothing for data.kind=chat; use prompt, or data.kind=instruct or preference",
     ]
     (line,) = told(kind="text", truncation="drop")
-    assert line == "data.truncation=drop means nothing for data.kind=text; use end, or data.kind=chat or instruct"
+    assert line.endswith("means nothing for data.kind=text; use end, or data.kind=chat, instruct or preference")
 
 
 def test_a_tokenizer_that_does_not_tell_places_is_refused(tmp_path):

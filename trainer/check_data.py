@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cuboid.parallel.errors import FieldError, UserError
+from cuboid.parallel.errors import FieldError, UserError, one_of
 from cuboid.trainer.conversations import form_of
 from cuboid.trainer.corpus import find_corpus
 from cuboid.trainer.recipe import MIXTURE, ColumnSettings, DataSettings, Recipe
@@ -63,7 +63,7 @@ def _kind_errors(data: DataSettings) -> Iterator[FieldError]:
         given = getattr(data.columns if section else data, key)
         default = (ColumnSettings if section else DataSettings).model_fields[key].default
         if name not in _BELONGS[data.kind] and given != default:
-            kinds = " or ".join(kind for kind, fields in _BELONGS.items() if name in fields)
+            kinds = one_of([kind for kind, fields in _BELONGS.items() if name in fields])
             remedy = f"use {shown(default)}, or data.kind={kinds}"
             yield FieldError(f"data.{name}", shown(given), f"means nothing for data.kind={data.kind}", remedy)
 
