@@ -31,7 +31,7 @@ from cuboid.trainer.model_config import read_checked_config
 
 CASES = [
     Case(1, 2, 2, family="qwen3", activation_checkpointing="full", frozen="norms"),
-    Case(2, 2, 1, "1f1b", frozen="leading"),  # the first rank trains nothing
+    Case(2, 2, 1, "1f1b", layers=5, frozen="leading"),  # the first rank trains nothing
     Case(2, 1, 2, "gpipe", tied=True, frozen="embedding"),
     Case(2, 1, 1, "interleaved_1f1b", frozen="middle"),
     Case(2, 1, 2, "looped_bfs", sequence=False, frozen="trailing"),
@@ -56,7 +56,7 @@ def test_what_is_trained_trains_as_in_one_process(case: Case) -> None:
 @pytest.mark.parametrize(
     ("case", "stage"),
     [
-        (Case(2, frozen="leading"), 0),
+        (Case(2, layers=5, frozen="leading"), 0),
         (Case(2, schedule="zbv", frozen="leading"), 0),
         (Case(2, schedule="zbv", frozen="middle"), 1),
         (Case(2, schedule="zbv", frozen="middle"), 2),
@@ -76,6 +76,15 @@ def test_whole_stages_are_frozen(case: Case, stage: int) -> None:
     of_stage = [p for name, p in blueprint.model.named_parameters() if name.startswith(tuple(parts))]
     assert of_stage
     assert not any(parameter.requires_grad for parameter in of_stage)
+
+
+def test_a_stage_of_frozen_layers_gets_more_of_them() -> None:
+    """A frozen matrix has no gradient to compute: two products of three."""
+    recipe = Case(2).recipe()
+    blueprint = draw_blueprint(read_checked_config(recipe.model))
+    assert layers_of_stages(recipe, blueprint) == [range(3), range(3, 6)]
+    freeze(blueprint.model, "leading")
+    assert layers_of_stages(recipe, blueprint) == [range(4), range(4, 6)]
 
 
 def thawed_by_tensor_parallelism(patch: pytest.MonkeyPatch) -> None:

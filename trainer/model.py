@@ -199,13 +199,15 @@ def tensor_plan(blueprint: Blueprint) -> Plan:
 
 def estimate_costs(blueprint: Blueprint, *, sequences: int, sequence_length: int) -> Costs:
     """FLOPs of each part in one microbatch, forward and backward: 6 for each token and weight of a matrix product (2
-    forward, 4 backward: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1), and the two
-    products of causal attention, of which half is masked."""
+    forward, 4 backward: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1), 4 where the weight
+    is frozen and has no gradient (experts with adapters still have one, and cost more than told), and the two products
+    of causal attention, of which half is masked."""
     anatomy, config = blueprint.anatomy, blueprint.config
     tokens = sequences * sequence_length
 
     def products(module: nn.Module) -> float:
-        return 6.0 * tokens * sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+        matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+        return tokens * sum((6.0 if matrix.requires_grad else 4.0) * matrix.numel() for matrix in matrices)
 
     def idle(layer: nn.Module) -> float:
         """What the experts that a token does not choose would cost."""
@@ -224,9 +226,9 @@ def estimate_costs(blueprint: Blueprint, *, sequences: int, sequence_length: int
         products(layer) - idle(layer) + 6.0 * tokens * seen[kind] * width
         for layer, kind in zip(base.get_submodule(anatomy.layers).children(), anatomy.layer_kinds, strict=True)
     ]
-    rows = base.get_submodule(anatomy.embedding).get_parameter("weight").numel()
+    touched = [p.numel() for p in base.get_submodule(anatomy.embedding).parameters() if p.requires_grad]
     return Costs(
-        layers, embedding=_FLOPS_FOR_A_TOUCH * rows, head=products(blueprint.model.get_submodule(anatomy.head))
+        layers, embedding=_FLOPS_FOR_A_TOUCH * sum(touched), head=products(blueprint.model.get_submodule(anatomy.head))
     )
 
 
