@@ -12,10 +12,11 @@ from cuboid.trainer import inspection
 from cuboid.trainer.compress import Compressed, Method, compress
 from cuboid.trainer.export import Exported, export_hf
 
+_ROUNDED = (Format.int8, Format.int4, Format.int8_int4, Format.float8)
 _BELONGS_TO = {
-    "eval_path": (Format.int8, Format.int4, Format.lowrank),
-    "group_size": (Format.int4,),
-    "head": (Format.int8, Format.int4),
+    "eval_path": (*_ROUNDED, Format.lowrank),
+    "group_size": (Format.int4, Format.int8_int4),
+    "head": _ROUNDED,
     "rank": (Format.lowrank,),
     "energy": (Format.lowrank,),
     "module": (Format.lowrank,),
@@ -63,11 +64,7 @@ def _method(options: ExportOptions) -> Method:
 
     learned = trained_rounding(options.source)
     together = learned.inputs_together if learned and learned.scheme == options.to else None
-    return Quantization(
-        bits=8 if options.to is Format.int8 else 4,
-        group_size=options.group_size or together or GROUP_SIZE,
-        head=options.head,
-    )
+    return Quantization.named(options.to, group_size=options.group_size or together or GROUP_SIZE, head=options.head)
 
 
 def _say_exported(options: ExportOptions, done: Exported) -> None:

@@ -108,7 +108,7 @@ def build_stages(
         stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
         # before tensor parallelism, whose exchanges lie around a product with rounded weights
         if quantization is not None:
-            quantization.apply(stage)
+            quantization.apply(stage, head=blueprint.anatomy.head)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
         apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
         # before sharding too: experts are sharded over other ranks than the rest
