@@ -22,6 +22,8 @@ class Format(StrEnum):
     merged = "merged"
     int8 = "int8"
     int4 = "int4"
+    int8_int4 = "8da4w"
+    float8 = "float8"
     lowrank = "lowrank"
 
 
@@ -43,7 +45,8 @@ class ExportOptions:
     to: Annotated[
         Format,
         typer.Option(
-            help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4: the same, its weights rounded; "
+            help="hf: what AutoModelForCausalLM.from_pretrained loads; int8, int4, float8: the same, its weights "
+            "rounded; 8da4w: weights to int4, and what layers read to int8; "
             "lowrank: products of narrow layers, which cuboid alone reads; of a run with lora adapter: what "
             "PeftModel.from_pretrained loads, and merged: the whole model with it, as hf."
         ),
@@ -58,7 +61,9 @@ class ExportOptions:
     ] = None
     group_size: Annotated[
         int | None,
-        typer.Option(min=1, help="int4: inputs that share a scale; default: as trained (quantize.group_size), or 32."),
+        typer.Option(
+            min=1, help="int4, 8da4w: inputs that share a scale; default: as trained (quantize.group_size), or 32."
+        ),
     ] = None
     method: Annotated[
         Way | None,
@@ -82,7 +87,9 @@ class ExportOptions:
     module: Annotated[
         list[str] | None, typer.Option(help="lowrank: layers by their last name, as q_proj; give it again for another.")
     ] = None
-    head: Annotated[bool, typer.Option("--head", help="int8, int4: round the head too, if it is untied.")] = False
+    head: Annotated[
+        bool, typer.Option("--head", help="int8, int4, 8da4w, float8: round the head too, if it is untied.")
+    ] = False
 
 
 def takes(options: type[_Options]) -> Callable[[Callable[[_Options], None]], Callable[..., None]]:

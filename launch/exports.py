@@ -14,13 +14,14 @@ from cuboid.trainer.compress import Compressed, Method, compress
 from cuboid.trainer.export import Exported, export_hf
 from cuboid.trainer.held_out import SAMPLES
 
+_ROUNDED = (Format.int8, Format.int4, Format.int8_int4, Format.float8)
 _BELONGS_TO = {
-    "eval_path": (Format.int8, Format.int4, Format.lowrank),
-    "group_size": (Format.int4,),
+    "eval_path": (*_ROUNDED, Format.lowrank),
+    "group_size": (Format.int4, Format.int8_int4),
     "method": (Format.int4, Format.lowrank),
     "calibration": (Format.int4, Format.lowrank),
     "calibration_samples": (Format.int4, Format.lowrank),
-    "head": (Format.int8, Format.int4),
+    "head": _ROUNDED,
     "rank": (Format.lowrank,),
     "energy": (Format.lowrank,),
     "module": (Format.lowrank,),
@@ -72,12 +73,8 @@ def _method(options: ExportOptions) -> Method:
 
     learned = trained_rounding(options.source)
     together = learned.inputs_together if learned and learned.scheme == options.to else None
-    return Quantization(
-        bits=8 if options.to is Format.int8 else 4,
-        group_size=options.group_size or together or GROUP_SIZE,
-        head=options.head,
-        calibration=calibration,
-    )
+    group_size = options.group_size or together or GROUP_SIZE
+    return replace(Quantization.named(options.to, group_size=group_size, head=options.head), calibration=calibration)
 
 
 def _calibration(options: ExportOptions) -> Calibration | None:

@@ -22,11 +22,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Partial
 
 from cuboid.parallel.local import local_parameters
-from cuboid.parallel.stages import Stage
 from cuboid.parallel.tensor import adapted
 
 Round = Callable[[Tensor], Tensor]
-"""Values [rows, columns] -> those that stay of them, float32; each row (or group of its columns) for itself."""
+"""Values [..., D] -> those that stay of them, float32; each row (or group of its columns) for itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Rounding:
     """Of a matrix [F, D]."""
     by_row: bool
     """Whether a row shares a scale; else groups of neighbouring inputs do, of which no rank has one in part."""
+    inputs: Round | None = None
+    """Of what the layer reads, [B, T, D], a token a row; None: as it is."""
 
 
 class FakeQuantization:
@@ -55,11 +56,11 @@ class FakeQuantization:
         """Before the step of this number, on every rank: what is computed from here on is rounded, or is not yet."""
         self.is_on = step >= self.start_step
 
-    def apply(self, stage: Stage) -> None:
-        """Change the linears of ``stage`` in place, all but the head, which exports leave alone too."""
-        for name, linear in linears(stage, head=stage.anatomy.head):
+    def apply(self, model: nn.Module, *, head: str) -> None:
+        """Change the linears of a model or stage in place, all but the head, which exports leave alone too."""
+        for name, linear in linears(model, head=head):
             if name.endswith(".base_layer"):
-                self._take_over(stage.get_submodule(name.removesuffix(".base_layer")), linear)
+                self._take_over(model.get_submodule(name.removesuffix(".base_layer")), linear)
             else:
                 self._wrap(linear)
 
@@ -80,22 +81,27 @@ class FakeQuantization:
     def _wrap(self, linear: nn.Linear, adapter: Callable[[], Tensor] | None = None) -> None:
         def forward(x_BTD: Tensor) -> Tensor:
             weight_FD = linear.weight if adapter is None else linear.weight + adapter()
-            if self.is_on:
-                is_cut = weight_FD.shape[1] < linear.in_features
-                weight_FD = _StraightThrough.apply(weight_FD, self._of_whole_rows if is_cut else self.rounding.weight)
+            if not self.is_on:
+                return F.linear(x_BTD, weight_FD, linear.bias)
+            rounding, is_cut = self.rounding, weight_FD.shape[1] < linear.in_features
+            weight_FD = _StraightThrough.apply(weight_FD, self._whole(rounding.weight, is_cut and rounding.by_row))
+            if rounding.inputs is not None:
+                x_BTD = _StraightThrough.apply(x_BTD, self._whole(rounding.inputs, is_cut))
             return F.linear(x_BTD, weight_FD, linear.bias)
 
         linear.forward = forward  # type: ignore[method-assign, assignment]
 
-    def _of_whole_rows(self, weight_FD: Tensor) -> Tensor:
-        """The weight of a row-parallel linear, rounded as in the whole matrix: a row's scale depends on its extremes
-        alone, so that each rank appends those of the whole row as two more inputs."""
-        if not self.rounding.by_row:
-            return self.rounding.weight(weight_FD)
-        extremes = torch.stack([weight_FD.amax(1), -weight_FD.amin(1)], dim=1)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-        extremes[:, 1].neg_()
-        return self.rounding.weight(torch.cat([weight_FD, extremes], dim=1))[:, :-2]
+    def _whole(self, round_: Round, is_cut: bool) -> Round:
+        """The rounding of rows [..., D] that tensor ranks may share: a row's scale depends on its extremes alone, so
+        that each rank appends those of the whole row as two more columns."""
+
+        def rounded(x: Tensor) -> Tensor:
+            extremes = torch.stack([x.amax(-1), -x.amin(-1)], dim=-1)
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+            extremes[..., 1].neg_()
+            return round_(torch.cat([x, extremes], dim=-1))[..., :-2]
+
+        return rounded if is_cut else round_
 
 
 def linears(model: nn.Module, *, head: str) -> Iterator[tuple[str, nn.Linear]]:

@@ -90,6 +90,8 @@ PRUNING: dict[str, dict[str, Any]] = {
 QUANTIZE: dict[str, dict[str, Any]] = {
     "int8": {"scheme": "int8"},
     "int4": {"scheme": "int4", "group_size": 8},
+    "8da4w": {"scheme": "8da4w", "group_size": 8},
+    "float8": {"scheme": "float8"},
     "int4-later": {"scheme": "int4", "group_size": 8, "start_step": 2},
 }
 

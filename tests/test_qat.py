@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,26 @@ import pytest
 import torch
 from cases import Case, ZeroCase
 from harness import run_ranks
-from parity import Difference, assert_same_numbers, compare, difference, reference
+from parity import assert_same_numbers, compare, difference, reference
 from runs import check_resumed, events, losses, recipe_on, run, shards
-from stores import make_model, save_model
+from stores import make_model
 from test_check import complaints, recipe
 from torch.distributed.tensor import Replicate
 
 from cuboid.launch.export_options import ExportOptions, Format
 from cuboid.launch.exports import export
 from cuboid.parallel import quantization
-from cuboid.parallel.quantization import FakeQuantization, linears
+from cuboid.parallel.layout import Layout
+from cuboid.parallel.mesh import connect
+from cuboid.parallel.quantization import FakeQuantization
 from cuboid.trainer.compress import compress
-from cuboid.trainer.export import export_hf
 from cuboid.trainer.held_out import measure, passage_at
 from cuboid.trainer.model_folder import load_model, logits
 from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.quantize import Quantization
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_quantize import QuantizeSettings
+from cuboid.trainer.tokenizer import save_tokenizer
 
 CELLS = [
     Case(1, 1, 2, quantize="int8"),
@@ -38,6 +40,9 @@ CELLS = [
 MORE_CELLS = [
     Case(1, 2, 2, activation_checkpointing="full", lora="all", quantize="int4"),
     Case(2, 1, 2, "interleaved_1f1b", "phi3", quantize="int8"),
+    Case(1, 1, 2, quantize="8da4w"),
+    Case(2, 1, 2, "zbv", sequence=False, lora="all", quantize="8da4w"),
+    Case(2, 1, 2, "1f1b", "gemma2", quantize="float8"),
     Case(1, 2, 2, family="mixtral", expert=2, quantize="int4-later"),
     Case(1, 2, 2, prune="magnitude", quantize="int4"),
     ZeroCase(2, 2, 1, zero_stage=1, quantize="int4"),
@@ -48,31 +53,29 @@ FULL = [pytest.param(case, marks=pytest.mark.full) for case in MORE_CELLS]
 
 @pytest.mark.parametrize("case", [*CELLS, *FULL], ids=str)
 def test_mesh_equals_one_process(case: Case) -> None:
-    ranks = difference(case)
-    if case.quantize == "int8":
-        assert_as_near_as_rounding_lets(ranks)
-    else:
-        assert_same_numbers(case, ranks)
-
-
-def assert_as_near_as_rounding_lets(ranks: Iterable[Difference]) -> None:
-    """The first step as always. Then, in 8 bits, the least of a row lies on the edge between -127 and -128, since a
+    """Or is as near as rounding lets it. In int8 the least of a row lies on the edge between -127 and -128, since a
     scale is the largest magnitude / 127.5: of updates that differ in the last bit one falls there, the other here. One
-    process whose microbatches are cut otherwise moves as far (update 6e-3, loss 4e-5, norm 4e-3)."""
+    process whose microbatches are cut otherwise moves as far (loss 4e-5, norm 4e-3, update 6e-3). In 8da4w what layers
+    read lies near edges too, in the first step already (loss 1e-4, norm 4e-4, update 3e-2 in one process)."""
+    ranks = difference(case)
+    if case.quantize not in ("int8", "8da4w"):
+        assert_same_numbers(case, ranks)
+        return
+    inputs_too = case.quantize == "8da4w"
     for rank in ranks:
         assert not rank.missing
         assert not rank.touched
-        assert rank.losses[0] <= 1e-6, rank
-        assert rank.grad_norms[0] <= 1e-5, rank
-        assert rank.gradient <= 1e-5, rank
-        assert max(rank.losses) <= 2e-4, rank
-        assert max(rank.grad_norms) <= 1e-2, rank
-        assert rank.update <= 2e-2, rank
+        assert rank.losses[0] <= (1e-5 if inputs_too else 1e-6), rank
+        assert rank.grad_norms[0] <= (5e-4 if inputs_too else 1e-5), rank
+        assert rank.gradient <= (5e-2 if inputs_too else 1e-5), rank
+        assert max(rank.losses) <= (1e-3 if inputs_too else 2e-4), rank
+        assert max(rank.grad_norms) <= (2e-2 if inputs_too else 1e-2), rank
+        assert rank.update <= (2e-1 if inputs_too else 2e-2), rank
 
 
 def part_of_a_row(patch: pytest.MonkeyPatch) -> None:
     """Each rank takes its own part of a row for the whole."""
-    patch.setattr(FakeQuantization, "_of_whole_rows", lambda self, weight: self.rounding.weight(weight))
+    patch.setattr(FakeQuantization, "_whole", lambda self, rounding, is_cut: rounding)
 
 
 def a_step_late(patch: pytest.MonkeyPatch) -> None:
@@ -99,6 +102,28 @@ def test_a_planted_fault_is_found(plant: Any, case: Case, monkeypatch: pytest.Mo
     assert max(rank.gradient for rank in ranks) > 2e-3
 
 
+def rounded_rows(scheme: str) -> list[torch.Tensor]:
+    """In each of two ranks: its half of what a divided linear reads and of its matrix, and what is computed with."""
+    halves = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(3)).chunk(2, -1)
+    with connect(Layout(tensor=2), timeout_seconds=60) as block:
+        rounding = Quantization.named(scheme, group_size=8).rounding()
+        fake = FakeQuantization(rounding, block.mesh["tensor"].get_group(), start_step=1)
+        inputs, matrix = halves[block.rank]
+        rounded = [fake._whole(rounding.weight, rounding.by_row)(matrix)]
+        return rounded + ([fake._whole(rounding.inputs, True)(inputs)] if rounding.inputs else [])
+
+
+@pytest.mark.parametrize("scheme", ["8da4w", pytest.param("float8", marks=pytest.mark.full)])
+def test_rows_that_ranks_share_are_rounded_as_whole_ones(scheme: str) -> None:
+    """Bit for bit: where inputs are rounded, no later number could tell, so near do they lie to edges."""
+    inputs, matrix = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(3))
+    rounding = Quantization.named(scheme, group_size=8).rounding()
+    parts = run_ranks(rounded_rows, 2, scheme, timeout=120)
+    wanted = [rounding.weight(matrix)] + ([rounding.inputs(inputs)] if rounding.inputs else [])
+    for found, whole in zip(zip(*parts, strict=True), wanted, strict=True):
+        assert torch.equal(torch.cat(found, -1), whole)
+
+
 def rounded_recipe(mesh: str, held_out: Path | None = None, **settings: Any) -> Recipe:
     told = {"data": {"eval_path": str(held_out)}, "train": {"eval_every": 9, "eval_batches": 3}} if held_out else {}
     return recipe_on(mesh, changes=told).model_copy(update={"quantize": QuantizeSettings(**settings)})
@@ -122,24 +147,30 @@ def test_what_a_run_computes_is_what_its_export_holds(tmp_path: Path, capsys: py
     assert exact.loss == pytest.approx(evaluated, rel=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"scheme": "int8"}, {"scheme": "int4", "group_size": 16}], ids=str)
+SCHEMES = [
+    {"scheme": "int8"},
+    {"scheme": "int4", "group_size": 16},
+    {"scheme": "8da4w", "group_size": 8},
+    {"scheme": "float8"},
+]
+
+
+@pytest.mark.parametrize("settings", SCHEMES, ids=str)
 def test_the_rounding_of_training_is_that_of_exports(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Bit for bit in 4 bits; in 8 torchao multiplies with the whole numbers first and with the scale then. And it is
-    what is written out for one process."""
-    model, quantize = make_model(), QuantizeSettings(**settings)
-    save_model(model, tmp_path / "run", 1)
-    export_hf(tmp_path / "run", tmp_path / "whole")
+    """Bit for bit, but that in 8 bits torchao multiplies with the whole numbers first and with the scale then. And it
+    is what is written out for one process."""
+    quantize = QuantizeSettings(**settings)
+    make_model().save_pretrained(tmp_path / "whole")
+    save_tokenizer("bytes", tmp_path / "whole", pretrained=None, max_tokens=None)
     compress(tmp_path / "whole", tmp_path / "rounded", Quantization.of(quantize))
-    found, expected = load_model(tmp_path / "whole"), load_model(tmp_path / "rounded")
-    plain = load_model(tmp_path / "whole")
+    whole, exported = (load_model(tmp_path / name) for name in ("whole", "rounded"))
+    expected, trained, plain = logits(exported), copy.deepcopy(whole), copy.deepcopy(whole)
     rounding = Quantization.of(quantize).rounding()
-    with torch.no_grad():
-        for _, linear in linears(found, head="lm_head"):
-            linear.weight.copy_(rounding.weight(linear.weight))
+    FakeQuantization(rounding, None, start_step=1).apply(trained, head="lm_head")  # no rank shares a row
     PlainQuantization(plain, quantize, head="lm_head").begin(1)
-    assert (logits(found) - logits(load_model(tmp_path / "whole"))).abs().max() > 1e-3
-    assert (logits(found) - logits(expected)).abs().max() <= (1e-5 if quantize.scheme == "int8" else 0)
-    assert (logits(plain) - logits(found)).abs().max() <= 1e-5
+    assert (logits(whole) - expected).abs().max() > 1e-3
+    assert (logits(trained) - expected).abs().max() <= (1e-5 if quantize.scheme == "int8" else 0)
+    assert (logits(plain) - expected).abs().max() <= 1e-5
 
 
 def test_rounding_starts_at_its_step_also_where_a_run_goes_on(tmp_path: Path) -> None:
@@ -187,6 +218,12 @@ INT4 = {"scheme": "int4"}
             INT4 | {"start_step": 11},
             {},
             "quantize.start_step=11 is after the last of train.steps=10; use at most 10",
+        ),
+        (
+            {"scheme": "float8"},
+            {"prune": {}},
+            "quantize.scheme=float8 divides a row by its largest magnitude, and prune may leave nothing of one; "
+            "use int8 or int4, or prune=null",
         ),
         (
             INT4,

@@ -140,7 +140,7 @@ seed: no
         'x.yaml:9: parallel.pipeline="2" is not a whole number; write it without quotes',
         'x.yaml:10: parallel.shard="two" is not true or false or a whole number',
         "x.yaml:11: tensor is not a key; did you mean parallel.tensor?",
-        "x.yaml:12: quantize.scheme=int3 is not a choice; did you mean int4? use int8 or int4",
+        "x.yaml:12: quantize.scheme=int3 is not a choice; did you mean int8? use int8, int4, 8da4w or float8",
         "x.yaml:13: optimizer.learning_rate=nan is not finite",
         "x.yaml:13: optimizer.betas=[0.9, 1.0] has an item that is not below 1.0",
         "x.yaml:13: optimizer.clip_grad_norm=true is not a number or null",

@@ -182,7 +182,7 @@ def test_what_is_rounded_later_is_rounded_at_once(verify: Verify) -> None:
     settings = "quantize={scheme: int4, start_step: 10}"
     code, printed = verify(settings, "lora={rank: 2}", "parallel.schedule=interleaved_1f1b")
     assert code == 0, printed
-    assert "weights rounded to int4" in printed
+    assert "rounded to int4" in printed
 
 
 @pytest.mark.full

@@ -133,7 +133,7 @@ def build_stages(
             hold_in_4_bits(stage.layers)
         # before tensor parallelism, whose exchanges lie around a product with rounded weights
         if quantization is not None:
-            quantization.apply(stage)
+            quantization.apply(stage, head=blueprint.anatomy.head)
         # before sharding over data: FSDP shards what tensor parallelism left to this rank
         apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
         # before sharding too: experts are sharded over other ranks than the rest

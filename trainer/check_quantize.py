@@ -29,12 +29,15 @@ def quantize_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
         yield FieldError(
             "quantize", "{...}", "needs the package torchao", "pip install 'cuboid[quantize]', or use null"
         )
-    if settings.scheme == "int8" and settings.group_size is not None:
-        constraint = "says nothing of quantize.scheme=int8, where a whole row shares a scale"
+    if settings.inputs_together is None and settings.group_size is not None:
+        constraint = f"says nothing of quantize.scheme={settings.scheme}, where a whole row shares a scale"
         yield FieldError("quantize.group_size", settings.group_size, constraint, "use null, or int4")
     if settings.start_step > recipe.train.steps:
         constraint = f"is after the last of train.steps={recipe.train.steps}"
         yield FieldError("quantize.start_step", settings.start_step, constraint, f"use at most {recipe.train.steps}")
+    if settings.scheme == "float8" and recipe.prune is not None:
+        constraint = "divides a row by its largest magnitude, and prune may leave nothing of one"
+        yield FieldError("quantize.scheme", "float8", constraint, "use int8 or int4, or prune=null")
     if recipe.lora is not None and recipe.lora.dora:
         yield FieldError("lora.dora", "true", "is not yet proven with quantize", "use false, or quantize=null")
     if recipe.lora is not None and recipe.lora.base is not None:

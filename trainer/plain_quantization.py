@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,20 +40,35 @@ class PlainQuantization:
                 weight = weight + adapter.scaling["default"] * product
             if self._is_on:
                 # the value of one, the gradient of the other
-                weight = weight + (self._rounded(weight.detach().float()).to(weight.dtype) - weight).detach()
+                weight = self._rounded(weight.detach().float()).to(weight.dtype) + (weight - weight.detach())
+                if self._settings.scheme == "8da4w":
+                    x = _affine(x.detach().float(), steps=255).to(x.dtype) + (x - x.detach())
             return F.linear(x, weight, linear.bias)
 
         module: Any = linear if adapter is None else adapter
         module.forward = forward
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        together = self._settings.inputs_together
-        if together is None:  # 255 steps between minus and plus the largest of a row
-            scale = (weight.abs().amax(1, keepdim=True) / 127.5).clamp(min=_LEAST)
-            return (weight * (1 / scale)).round().clamp(-128, 127) * scale
-        # 15 steps between the least and the largest of a group, or zero, which is one of the 16 values
-        groups = weight.unflatten(1, (-1, together))
-        low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 15).clamp(min=_LEAST)
-        zero = (-(low / scale).round()).clamp(0, 15)
-        return ((((groups * (1 / scale)).round() + zero).clamp(0, 15) - zero) * scale).flatten(1)
+        scheme, together = self._settings.scheme, self._settings.inputs_together
+        groups = weight.unflatten(1, (-1, together or weight.shape[1]))
+        if scheme == "float8":  # whose largest number is 448
+            scale = groups.abs().amax(-1, keepdim=True) / 448
+            return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)
+        if scheme == "int4":
+            return _affine(groups, steps=15).flatten(1)
+        return _symmetric(groups, steps=255 if scheme == "int8" else 15).flatten(1)
+
+
+def _symmetric(x: Tensor, *, steps: int) -> Tensor:
+    """``steps`` even ones from minus to plus the largest magnitude of the last dimension; half a step off, so that zero
+    is a value."""
+    scale = (x.abs().amax(-1, keepdim=True) / (steps / 2)).clamp(min=_LEAST)
+    return (x * (1 / scale)).round().clamp(-(steps + 1) // 2, steps // 2) * scale
+
+
+def _affine(x: Tensor, *, steps: int) -> Tensor:
+    """``steps`` even ones from the least to the largest of the last dimension, or zero, which is a value."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / steps).clamp(min=_LEAST)
+    zero = (-(low / scale).round()).clamp(0, steps)
+    return (((x * (1 / scale)).round() + zero).clamp(0, steps) - zero) * scale

@@ -2,7 +2,9 @@
 
 To the nearest of evenly spaced values (Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient
 inference", section 2): in 8 bits symmetric with a scale a row, in 4 bits with a scale and a zero point a group; 4 bits
-also by `gptq`, which asks a calibration set. Weights alone are rounded, and no activation is.
+also by `gptq`, which asks a calibration set. Or of the values of float8 (Micikevicius et al. 2022, "FP8 Formats for
+Deep Learning", e4m3), with a scale a row. What layers read is rounded too in 8da4w, with scales found while they
+compute.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ class Quantization:
     """What is rounded, and how coarsely."""
 
     bits: Literal[8, 4]
+    floating: bool = False
+    """8 bits as numbers of float8 and not as whole ones."""
+    inputs: bool = False
+    """What layers read too, in 8 bits, a scale and a zero point a token; the weights then are symmetric."""
     group_size: int = GROUP_SIZE
     """Input features that share a scale, in 4 bits; in 8 bits a whole row does."""
     head: bool = False
@@ -44,7 +50,13 @@ class Quantization:
     @classmethod
     def of(cls, settings: QuantizeSettings) -> Self:
         """What a recipe trains for."""
-        return cls(bits=8 if settings.scheme == "int8" else 4, group_size=settings.inputs_together or GROUP_SIZE)
+        return cls.named(settings.scheme, group_size=settings.inputs_together or GROUP_SIZE)
+
+    @classmethod
+    def named(cls, scheme: str, *, group_size: int, head: bool = False) -> Self:
+        """By what recipes and exports call it."""
+        bits: Literal[8, 4] = 8 if scheme in ("int8", "float8") else 4
+        return cls(bits, floating=scheme == "float8", inputs=scheme == "8da4w", group_size=group_size, head=head)
 
     def rounding(self) -> Rounding:
         """What training computes with: torchao's own tensors, as `apply` makes them, and their values."""
@@ -58,7 +70,7 @@ class Quantization:
             quantize_(layer, config)
             return layer.weight.dequantize()
 
-        return Rounding(rounded, by_row=self.bits == 8)
+        return Rounding(rounded, by_row=self.bits == 8, inputs=_inputs_rounded if self.inputs else None)
 
     def check(self, config: Config) -> None:
         """Raises FieldError where a matrix cannot be divided into groups, or what is asked for is not there."""
@@ -104,23 +116,50 @@ class Quantization:
         scale = f"group of {self.group_size} inputs" if self.bits == 4 else "row"
         way = "by GPTQ" if self.calibration else "to nearest"
         kind = str(model.dtype).removeprefix("torch.")
+        name = "float8" if self.floating else f"int{self.bits}"
         done = f"{len(rounded)} matrices, {part:.0%} of the numbers, {way}, one scale a {scale}"
-        lines = [f"int{self.bits}: {done}; rest {kind}"]
+        lines = [f"{name}: {done}; rest {kind}"]
         if self.bits == 4:
             lines.append("each of these numbers takes a byte on disk and in memory: on CPUs torchao keeps int4 as int8")
+        if self.inputs:
+            lines.append("what they read is rounded to int8 while they compute, one scale a token")
         return lines
 
     def _config(self) -> Any:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, PerGroup
+        from torchao.quantization import (
+            Float8WeightOnlyConfig,
+            Int8DynamicActivationIntxWeightConfig,
+            Int8WeightOnlyConfig,
+            IntxWeightOnlyConfig,
+            MappingType,
+            PerGroup,
+        )
 
         if self.bits == 8:
+            kind = Float8WeightOnlyConfig if self.floating else Int8WeightOnlyConfig
             # else torchao sets the precision of every matrix product of the process
-            return Int8WeightOnlyConfig(set_inductor_config=False)
+            return kind(set_inductor_config=False)
         # Int4WeightOnlyConfig packs two to a byte, for kernels of GPUs: no CPU multiplies with its tensors
         four_bits = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
+        if self.inputs:
+            groups = PerGroup(self.group_size)
+            return Int8DynamicActivationIntxWeightConfig(weight_dtype=four_bits, weight_granularity=groups)
         return IntxWeightOnlyConfig(
             weight_dtype=four_bits, granularity=PerGroup(self.group_size), mapping_type=MappingType.ASYMMETRIC
         )
+
+
+def _inputs_rounded(x_BTD: torch.Tensor) -> torch.Tensor:
+    """What a linear of 8da4w computes with in place of its inputs, as torchao's tensors have it."""
+    from torchao.quantization import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
+
+    block = [1] * (x_BTD.dim() - 1) + [x_BTD.shape[-1]]
+    bounds = {"quant_min": -128, "quant_max": 127}
+    scale, zero = choose_qparams_affine(
+        x_BTD, MappingType.ASYMMETRIC, block, torch.int8, **bounds, zero_point_dtype=torch.int8
+    )
+    whole = quantize_affine(x_BTD, block, scale, zero, torch.int8, **bounds)
+    return dequantize_affine(whole, block, scale, zero, torch.int8, **bounds, output_dtype=x_BTD.dtype)
 
 
 def _input_sizes(config: Config) -> set[int]:
