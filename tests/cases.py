@@ -69,6 +69,7 @@ WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 """Large, so that a wrong gradient of theirs shows."""
 
+HIDDEN_WEIGHT = 0.6
 TEACHING = {"temperature": 2.0, "weight": 0.7}
 
 PRUNING: dict[str, dict[str, Any]] = {"magnitude": {"ratio": 0.7, "end_step": STEPS}, "2:4": {"begin_step": 2}}
@@ -116,6 +117,8 @@ class Case:
     """A folder."""
     top_k: int | None = None
     """Of the teacher's likeliest tokens."""
+    hidden: str | None = None
+    """How hidden states are compared with the teacher's."""
     prune: str | None = None
     """A method."""
     lora: str = "none"
@@ -126,6 +129,7 @@ class Case:
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += [self.prune] if self.prune else []
         words += [f"taught{f'-top{self.top_k}' if self.top_k else ''}"] * (self.teacher is not None)
+        words += [self.hidden] if self.hidden else []
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
         return "-".join(words + [f"{self.frozen}-frozen"] * (self.frozen != "nothing"))
@@ -141,7 +145,8 @@ class Case:
         parallel.pop("capacity_factor")
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
         parallel.pop("lora")
-        top_k = parallel.pop("top_k")
+        top_k, hidden = parallel.pop("top_k"), parallel.pop("hidden")
+        compared = hidden and {"hidden": HIDDEN_WEIGHT, "hidden_loss": hidden}
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         return Recipe.model_validate(
             {
@@ -150,7 +155,7 @@ class Case:
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
                 "moe": moe,
-                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING},
+                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING, **(compared or {})},
                 "prune": method and {"method": method, **PRUNING[method]},
                 "lora": LORA[self.lora],
                 "optimizer": {
@@ -164,7 +169,8 @@ class Case:
         )
 
 
-OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", "teacher", "top_k", "prune", "lora")
+TAUGHT = ("teacher", "top_k", "hidden")
+OF_ONE_PROCESS = ("family", "tied", "layers", "frozen", "capacity_factor", *TAUGHT, "prune", "lora")
 """What of a case changes the numbers that are wanted of every mesh."""
 
 

@@ -143,6 +143,15 @@ def test_a_teacher_is_shrunk_too(verify: Verify, tmp_path: Path) -> None:
     assert "with 0.7 of a teacher" in printed
 
 
+@pytest.mark.full
+def test_hidden_states_are_compared_with_a_teacher_of_the_same_width(verify: Verify, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 4}
+    transformers.Qwen3Config(vocab_size=264, **sizes).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher/model.safetensors").touch()
+    code, printed = verify("distill={teacher: teacher, hidden: 0.5, hidden_loss: cosine}", "parallel.schedule=zbv")
+    assert code == 0, printed
+
+
 def test_what_is_pruned_later_is_pruned_at_once(verify: Verify) -> None:
     code, printed = verify("prune={ratio: 0.7, begin_step: 10, end_step: 20}", "parallel.schedule=interleaved_1f1b")
     assert code == 0, printed
@@ -255,7 +264,7 @@ def balance_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         ctx.record()
         return grad, None, None
 
-    monkeypatch.setattr(expert._Attach, "backward", staticmethod(backward))
+    monkeypatch.setattr(expert.Attach, "backward", staticmethod(backward))
 
 
 def experts_not_rebalanced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from cuboid.parallel.data import apply_data_parallel
 from cuboid.parallel.distillation import DistillationLoss, LargestKept, LogitsKept
 from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
 from cuboid.parallel.gradients import TiedWeights
+from cuboid.parallel.hidden_states import HiddenStatesLoss, StatesKept, partners
 from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
@@ -54,7 +55,8 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
-    loss, teacher = _loss(recipe, block), _teacher(recipe, block)
+    loss, teacher = _loss(recipe, block), _teacher(recipe, block, blueprint)
+    hidden = _hidden(recipe, block, blueprint, stages, teacher)
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     if recipe.parallel.engine == "deepspeed":
         os.environ["DS_ACCELERATOR"] = block.device.type  # read when deepspeed is first imported
@@ -70,6 +72,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             experts=experts,
             tied=tied,
             teacher=teacher,
+            hidden=hidden,
             averaged_over=block.layout.data,
             zero=zero,
         )
@@ -81,6 +84,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         experts=experts,
         tied=tied,
         teacher=teacher,
+        hidden=hidden,
         # after the values: the optimizer works on views of the final shards
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
@@ -156,19 +160,27 @@ def _loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
     return DistillationLoss(group, temperature=recipe.distill.temperature, weight=recipe.distill.weight)
 
 
-def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
+def _teacher(recipe: Recipe, block: Block, blueprint: Blueprint) -> Teacher | None:
     if recipe.distill is None:
         return None
     if recipe.distill.cache is None:
-        return live_teacher(recipe, block)
+        split = layers_of_stages(recipe, blueprint) if recipe.distill.hidden else None
+        return live_teacher(recipe, block, student=split)
     last = recipe.parallel.pipeline * virtual_stages(recipe) - 1
     return cached_teacher(recipe, is_last=last in _stage_indices(recipe, block))
 
 
-def live_teacher(recipe: Recipe, block: Block) -> LiveTeacher:
-    """The model of `distill.teacher` on this block, which takes part in no training."""
+def live_teacher(recipe: Recipe, block: Block, *, student: Sequence[range] | None = None) -> LiveTeacher:
+    """The model of `distill.teacher` on this block, which takes part in no training. Where hidden states are compared,
+    ``student`` are the layers of its stages: each layer's partner stands on the same stage."""
     settings, recipe = recipe.distill, teacher_recipe(recipe)
     assert settings is not None
+    compared = None
+    if student is not None:
+        compared = partners(student[-1].stop, config_of(recipe).num_hidden_layers)
+        ends = [compared[part.stop - 1] + 1 for part in student]
+        counts = tuple(stop - start for start, stop in pairwise([0, *ends]))
+        recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"layers": counts})})
     blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention, compute=recipe.precision.compute)
     blueprint.model.requires_grad_(False)
     weights, experts = initial_weights(recipe, blueprint), _experts(recipe, block, blueprint)
@@ -179,7 +191,29 @@ def live_teacher(recipe: Recipe, block: Block) -> LiveTeacher:
     if settings.top_k is not None:
         group = block.mesh["tensor"].get_group()
         kept = LargestKept(group, k=settings.top_k, temperature=settings.temperature)
-    return LiveTeacher(_pipeline(recipe, block, blueprint, numbered, kept), kept)
+    states = None if compared is None else StatesKept(compared)
+    for stage in stages:
+        stage.watch = states
+    return LiveTeacher(_pipeline(recipe, block, blueprint, numbered, kept), kept, states)
+
+
+def _hidden(
+    recipe: Recipe, block: Block, blueprint: Blueprint, stages: Sequence[Stage], teacher: Teacher | None
+) -> HiddenStatesLoss | None:
+    """What draws the hidden states of ``stages`` to the teacher's, where the recipe says so."""
+    settings = recipe.distill
+    if settings is None or not isinstance(teacher, LiveTeacher) or teacher.states is None:
+        return None
+    hidden = HiddenStatesLoss(
+        teacher.states,
+        partners(blueprint.config.num_hidden_layers, config_of(teacher_recipe(recipe)).num_hidden_layers),
+        weight=settings.hidden,
+        kind=settings.hidden_loss,
+        tensor_group=block.mesh["tensor"].get_group(),
+    )
+    for stage in stages:
+        stage.watch = hidden
+    return hidden
 
 
 def _pruner(

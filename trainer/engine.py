@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cuboid.parallel.expert import Experts, Measures
 from cuboid.parallel.gradients import TiedWeights, clip, close_sums, local, squared_norm
+from cuboid.parallel.hidden_states import HiddenStatesLoss
 from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
@@ -66,10 +67,12 @@ class Engine(ABC):
     """Of a model that has any."""
     teacher: Teacher | None = None
     """Whose predictions the loss of a step takes."""
+    hidden: HiddenStatesLoss | None = None
+    """Where the teacher's hidden states are learned too."""
     averaged_over: int = 1
     """Ranks over which gradients are averaged and not summed: each rank's loss is that many times larger."""
     _own_loss: float = 0.0
-    """This rank's share of the newest loss; 0 away from the last stage."""
+    """This rank's share of the newest loss; without hidden states to learn 0 away from the last stage."""
 
     @abstractmethod
     def close_gradients(self) -> None:
@@ -128,7 +131,10 @@ class Engine(ABC):
         tokens = self._count_tokens(batch.labels)
         # a batch without a single valid token has loss 0 and gradient 0
         self.loss.num_valid_tokens = max(tokens, 1) / self.averaged_over
-        self._own_loss = self._through(self.pipeline.step, batch, tokens=tokens) / self.averaged_over
+        if self.hidden:
+            self.hidden.num_valid_tokens = self.loss.num_valid_tokens
+        own_loss = self._through(self.pipeline.step, batch, tokens=tokens)
+        self._own_loss = (own_loss + (self.hidden.take() if self.hidden else 0.0)) / self.averaged_over
         self.close_gradients()
         return self._sum_over_block(tokens, told)
 
@@ -154,6 +160,8 @@ class Engine(ABC):
             told["sequence_share"] = (full.labels != IGNORE).sum(1).float() / max(tokens, 1)
         if self.teacher and tokens is not None:
             targets |= self.teacher.targets(full)
+        if self.hidden and tokens is not None:
+            told |= {"rows": torch.arange(len(full.labels)), "predicted": full.labels != IGNORE}
         loss = run(full.input_ids if ends.is_first else None, targets if ends.is_last else None, **told)
         return 0.0 if loss is None else float(loss)
 

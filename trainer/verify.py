@@ -95,8 +95,9 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.distill is None:
         return small
     teacher = teacher_recipe(recipe)
+    like = small.model if recipe.distill.hidden else shrink_recipe(teacher, config_of(teacher)).model
     # of another seed: a teacher that says the same as its student teaches nothing
-    of_teacher = shrink_recipe(teacher, config_of(teacher)).model_copy(update={"seed": recipe.seed + 1})
+    of_teacher = teacher.model_copy(update={"model": like, "seed": recipe.seed + 1})
     whole_with_values(of_teacher, undropped_blueprint(of_teacher)).save_pretrained(folder / "teacher")
     # what was written of another teacher is not read; of a small vocabulary fewer tokens are the likeliest
     top_k = recipe.distill.top_k and min(recipe.distill.top_k, config_of(small).vocab_size // 2)
