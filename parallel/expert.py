@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cuboid.parallel.collectives import exchange
 from cuboid.parallel.expert_adapters import divide_experts, local_experts, without_adapters
+from cuboid.parallel.loss import Attach
 from cuboid.parallel.stages import Stage
 
 
@@ -162,7 +163,7 @@ class ExpertLayer:
         if share is not None and torch.is_grad_enabled():
             assert logits is not None, "the experts were called without their router"
             loss, row = self._losses(logits.float(), chosen, share, kept)
-            weights = _Attach.apply(weights, loss, partial(self._record, row))
+            weights = Attach.apply(weights, loss, partial(self._record, row))
         return self._dispatch(x, chosen, weights, kept)
 
     def _dispatch(self, x: Tensor, chosen: Tensor, weights: Tensor, kept: Tensor | None) -> Tensor:
@@ -278,21 +279,6 @@ class Experts:
     def measures(self, sums: Tensor) -> Measures:
         """From what `take` gave, summed."""
         return Measures.of(sums.view(self._num_layers, -1))
-
-
-class _Attach(torch.autograd.Function):
-    """``x`` as it is, with a loss whose gradient joins in the backward. ``record`` runs there: once for each
-    microbatch, also where the forward is computed twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, record: Any) -> Tensor:
-        ctx.record, ctx.like = record, loss.detach()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        ctx.record()
-        return grad, torch.ones_like(ctx.like), None
 
 
 def _on_local_parameters(module: nn.Module, inner: Any, *args: Tensor) -> Tensor:

@@ -96,3 +96,18 @@ class SummedCrossEntropy:
             logits.flatten(0, 1), labels.flatten(), self.group, self.chunk_tokens
         )
         return losses_N.view(labels.shape)
+
+
+class Attach(torch.autograd.Function):
+    """``x`` as it is, with a loss whose gradient joins in the backward. ``record`` runs there: once for each
+    microbatch, also where the forward is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, record: Any) -> Tensor:
+        ctx.record, ctx.like = record, loss.detach()
+        return x.clone()  # no view: torch detaches what a stage gives in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.record()
+        return grad, torch.ones_like(ctx.like), None

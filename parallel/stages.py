@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Watch = Callable[..., Tensor]
+"""``watch(layer, hidden_states [B, T_local, D], rows [B], predicted [B, T]) -> hidden_states``, behind each layer."""
 Masks = Mapping[str, Tensor | None]
 """Attention mask [B, 1, T, T] for each kind of layer; None lets the attention kernel be plainly causal."""
 
@@ -136,6 +138,8 @@ class Stage(nn.Module):
         if self.is_last:
             self.add_module(anatomy.head, model.get_submodule(anatomy.head))
         self.anatomy, self.masks = anatomy, masks
+        self.watch: Watch | None = None
+        """See `hidden_states`; called in steps that number their ``rows``."""
         self.with_experts = {index for index, layer in self.layers.items() if anatomy.has_experts(layer)}
 
     def tie(self) -> None:
@@ -151,8 +155,16 @@ class Stage(nn.Module):
         assert isinstance(layers, nn.ModuleDict)
         return layers
 
-    def forward(self, x: Tensor, *, position_ids: Tensor, sequence_share: Tensor | None = None) -> Tensor:
-        """``sequence_share`` [B] is for layers with experts: see `expert.ExpertLayer`."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position_ids: Tensor,
+        sequence_share: Tensor | None = None,
+        rows: Tensor | None = None,
+        predicted: Tensor | None = None,
+    ) -> Tensor:
+        """``sequence_share`` [B] is for layers with experts, ``rows`` [B] and ``predicted`` [B, T] for `watch`."""
         part, names = self.get_submodule(self.anatomy.base), self.anatomy
         hidden = self._embed(x, position_ids) if self.is_first else x
         masks, rotary = self.masks(position_ids), self._rotary(hidden, position_ids)
@@ -160,6 +172,8 @@ class Stage(nn.Module):
             kind = names.layer_kinds[int(index)]
             told = {"sequence_share": sequence_share} if index in self.with_experts else {}
             hidden = layer(hidden, attention_mask=masks[kind], position_ids=position_ids, **rotary[kind], **told)
+            if self.watch is not None and rows is not None:
+                hidden = self.watch(int(index), hidden, rows, predicted)
         if not self.is_last:
             return hidden
         logits = self.get_submodule(names.head)(part.get_submodule(names.norm)(hidden))

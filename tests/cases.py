@@ -71,6 +71,7 @@ WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 """Large, so that a wrong gradient of theirs shows."""
 
+HIDDEN_WEIGHT = 0.6
 TEACHING = {"temperature": 2.0, "weight": 0.7}
 
 PREFERENCE: dict[str, dict[str, Any]] = {
@@ -143,6 +144,8 @@ class Case:
     """A folder."""
     top_k: int | None = None
     """Of the teacher's likeliest tokens."""
+    hidden: str | None = None
+    """How hidden states are compared with the teacher's."""
     prune: str | None = None
     """A method."""
     quantize: str | None = None
@@ -160,6 +163,7 @@ class Case:
         words += [self.prune] if self.prune else []
         words += [self.quantize] if self.quantize else []
         words += [f"taught{f'-top{self.top_k}' if self.top_k else ''}"] * (self.teacher is not None)
+        words += [self.hidden] if self.hidden else []
         words += [f"{self.preference}-against-{Path(self.reference or 'start').name}"] if self.preference else []
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
@@ -177,7 +181,8 @@ class Case:
         teacher, method = parallel.pop("teacher"), parallel.pop("prune")
         pairs, reference = parallel.pop("preference"), parallel.pop("reference")
         parallel.pop("lora")
-        quantize, top_k = parallel.pop("quantize"), parallel.pop("top_k")
+        quantize, top_k, hidden = parallel.pop("quantize"), parallel.pop("top_k"), parallel.pop("hidden")
+        compared = hidden and {"hidden": HIDDEN_WEIGHT, "hidden_loss": hidden}
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         if moe and self.preference:
             moe["bias_update"] = 0.0
@@ -188,7 +193,7 @@ class Case:
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
                 "moe": moe,
-                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING},
+                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING, **(compared or {})},
                 "prune": method and {"method": method, **PRUNING[method]},
                 "quantize": quantize and QUANTIZE[quantize],
                 "preference": pairs and {"reference": reference, **PREFERENCE[pairs]},
@@ -204,9 +209,10 @@ class Case:
         )
 
 
+TAUGHT = ("teacher", "top_k", "hidden")
 OF_ONE_PROCESS = (
     *("family", "tied", "layers", "frozen", "capacity_factor"),
-    *("teacher", "top_k", "prune", "quantize", "lora", "preference", "reference"),
+    *(*TAUGHT, "prune", "quantize", "lora", "preference", "reference"),
 )
 """What of a case changes the numbers that are wanted of every mesh."""
 

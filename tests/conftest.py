@@ -6,8 +6,12 @@ import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from verifying import Verify
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,6 +26,21 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("HOME", str(home))
         patch.setenv("CUBOID_CACHE", str(home / "cache"))
         yield
+
+
+@pytest.fixture
+def beside_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory holds `text.txt`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "text.txt").write_text("All that is gold does not glitter, not all those who wander are lost. " * 60)
+
+
+@pytest.fixture
+def verify(beside_a_text: None, capfd: pytest.CaptureFixture[str]) -> "Verify":
+    from verifying import verifier
+
+    return verifier(capfd)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

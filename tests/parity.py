@@ -24,14 +24,13 @@ from cases import (
     LEARNING_RATE,
     OF_ONE_PROCESS,
     STEPS,
-    TEACHING,
     TOKENS,
     VOCABULARY,
     Case,
 )
 from four_bits import cut_out_of, round_frozen
 from harness import run_ranks
-from taught import divergence
+from taught import PlainTeacher
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -124,8 +123,7 @@ def backward(
     model: nn.Module,
     batch: Batch,
     balance: PlainBalance | None = None,
-    teacher: nn.Module | None = None,
-    top_k: int | None = None,
+    teacher: PlainTeacher | None = None,
     preference: PlainPreference | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss of the whole batch, a mean over all valid tokens (or pairs), and the gradient of each parameter that is
@@ -136,9 +134,8 @@ def backward(
     loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
     if teacher:
         with torch.no_grad():
-            wanted = logits_of(teacher, batch)
-        share = TEACHING["weight"]
-        loss = (1 - share) * loss + share * divergence(logits, wanted, batch.labels != IGNORE, top_k)
+            wanted = logits_of(teacher.model, batch)
+        loss = teacher.add_to(loss, logits, wanted, batch.labels != IGNORE)
     count = int((batch.labels != IGNORE).sum())
     loss = preference.loss(batch, logits) / len(list(pairs(batch))) if preference else loss / count
     (loss + balance.loss(batch.labels, count) if balance else loss).backward()
@@ -177,7 +174,7 @@ def reference(case: Case) -> Reference:
 def _reference(case: Case) -> Reference:
     """Plain transformers, peft and torch: the whole model, the whole batch, clipped AdamW."""
     model, moe = one_process(case), case.recipe().moe
-    taught_by = AutoModelForCausalLM.from_pretrained(case.teacher) if case.teacher else None
+    taught_by = PlainTeacher(case, model) if case.teacher else None
     balance = PlainBalance(model, moe) if moe else None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -196,7 +193,7 @@ def _reference(case: Case) -> Reference:
             pruning.begin(step, partial(logits_of, model, batch))
         if quantization:
             quantization.begin(step)
-        loss, of_step = backward(model, batch, balance, taught_by, case.top_k, preference)
+        loss, of_step = backward(model, batch, balance, taught_by, preference)
         if pruning:
             pruning.mask_gradients()
             of_step = {name: p.grad.clone() for name, p in trained.items()}

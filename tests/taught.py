@@ -4,7 +4,44 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cases import TEACHING
+from cases import HIDDEN_WEIGHT, TEACHING, Case
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+
+class PlainTeacher:
+    """transformers' own model of the case's teacher, and where they are compared the hidden states of both."""
+
+    def __init__(self, case: Case, student: nn.Module) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(case.teacher)
+        self._top_k, self._hidden = case.top_k, case.hidden
+        self._states = [_watched(model) for model in (student, self.model)]
+
+    def add_to(
+        self, from_labels: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """Both models have just run: the summed loss, with the teacher's share."""
+        share = TEACHING["weight"]
+        loss = (1 - share) * from_labels + share * divergence(logits, wanted, valid, self._top_k)
+        if self._hidden is None:
+            return loss
+        ours, theirs = self._states
+        every, rest = divmod(len(theirs), len(ours))
+        assert rest == 0, "each of the student's layers ends where one of the teacher's does"
+        apart = 0.0
+        for layer, found in enumerate(ours):
+            s, t = found[valid], theirs[every * (layer + 1) - 1][valid]
+            cosine = (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
+            apart += ((s - t) ** 2).mean(-1).sum() if self._hidden == "mse" else (1 - cosine).sum()
+        return loss + HIDDEN_WEIGHT / len(ours) * apart
+
+
+def _watched(model: nn.Module) -> list[torch.Tensor]:
+    """What each layer of a Llama or Qwen3 gives, whenever the model runs."""
+    states = [torch.empty(0) for _ in model.model.layers]
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda _, __, given, index=index: states.__setitem__(index, given))
+    return states
 
 
 def divergence(

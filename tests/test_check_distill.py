@@ -70,6 +70,31 @@ def test_what_does_not_go_together(values, parallel, told):
     assert told in line
 
 
+@pytest.mark.parametrize(
+    ("values", "distill", "told"),
+    [
+        (
+            {"hidden_size": 32},
+            {},
+            "distill.hidden=0.5 compares hidden_size=64 with the teacher's 32; use 0, or a teacher as wide",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            {},
+            "distill.hidden=0.5 compares 4 layers with the teacher's 3; use 0, or a teacher with as many",
+        ),
+        (
+            {},
+            CACHED,
+            "distill.hidden=0.5 compares hidden states, and distill.cache=cache holds predictions alone; use 0, or",
+        ),
+    ],
+)
+def test_hidden_states_that_cannot_be_compared(values, distill, told):
+    lines = complaints(recipe(distill=teacher(**values) | {"hidden": 0.5} | distill))
+    assert lines[0].startswith(told)
+
+
 def test_more_of_the_likeliest_tokens_than_there_are():
     (line,) = complaints(recipe(distill=teacher() | {"top_k": 264}))
     assert line == "distill.top_k=264 leaves none of the 264 tokens over; use at most 263, or null for all"

@@ -12,6 +12,7 @@ from harness import run_ranks
 from parity import assert_same_numbers, compare, difference, one_process, reference
 
 from cuboid.parallel import distillation
+from cuboid.trainer import assemble
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,17 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
         folders[kind] = str(tmp_path_factory.mktemp("teacher"))
         model.save_pretrained(folders[kind])
     return folders
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a model of eight layers."""
+    folder = str(tmp_path_factory.mktemp("deep"))
+    model = one_process(Case(family="qwen3", layers=8))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(12)
+    model.save_pretrained(folder)
+    return folder
 
 
 CELLS = [
@@ -50,7 +62,6 @@ MORE_CELLS = [
     ZeroCase(1, 2, 1, zero_stage=2),
     ZeroCase(2, 2, 1, zero_stage=1),
     Case(1, 2, 2, tied=True, top_k=70),  # more than a rank's part of the vocabulary holds
-    ZeroCase(2, 2, 1, zero_stage=1, top_k=1),
 ]
 
 
@@ -62,6 +73,35 @@ def test_mesh_equals_one_process(case: Case, teachers: dict[Any, str]) -> None:
     ranks = difference(case)
     assert_same_numbers(case, ranks)
     assert all("teacher" not in name for rank in ranks for name in rank.seen), "only the student is trained and saved"
+
+
+HIDDEN = [
+    Case(2, 1, 2, "zbv", layers=4, hidden="mse"),
+    Case(2, 1, 2, "1f1b", layers=2, tied=True, sequence=False, hidden="cosine", activation_checkpointing="full"),
+]
+MORE_HIDDEN = [
+    Case(2, 2, 1, "interleaved_zero_bubble", layers=4, hidden="cosine"),
+    Case(2, 1, 2, "dualpipe_v", layers=4, hidden="mse", top_k=5, lora="all"),
+    ZeroCase(2, 2, 1, layers=4, zero_stage=1, hidden="mse"),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*HIDDEN, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_HIDDEN)], ids=str
+)
+def test_hidden_states_are_drawn_to_those_of_the_teacher(case: Case, deep: str) -> None:
+    """Of twice as many layers: each layer's loss begins on its own stage."""
+    case = replace(case, teacher=deep)
+    assert_same_numbers(case, difference(case))
+
+
+@pytest.mark.full
+def test_hidden_states_of_another_layer_are_found(deep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, 1, 2, layers=4, hidden="mse", teacher=deep)
+    expected = reference(case)
+    monkeypatch.setattr(assemble, "partners", lambda layers, of_teacher: [1, 2, 5, 7])
+    ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
+    assert max(rank.gradient for rank in ranks) > 1e-3
 
 
 @pytest.mark.full

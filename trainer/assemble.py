@@ -17,6 +17,7 @@ from cuboid.parallel.data import apply_data_parallel
 from cuboid.parallel.distillation import DistillationLoss, LargestKept, LogitsKept
 from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
 from cuboid.parallel.gradients import TiedWeights
+from cuboid.parallel.hidden_states import HiddenStatesLoss, StatesKept, partners
 from cuboid.parallel.local import localise
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
@@ -70,7 +71,8 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
-    loss, teacher = _loss(recipe, block), _teacher(recipe, block)
+    loss, teacher = _loss(recipe, block), _teacher(recipe, block, blueprint)
+    hidden = _hidden(recipe, block, blueprint, stages, teacher)
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     preference = None
     if isinstance(loss, PreferenceLoss):
@@ -89,6 +91,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             experts=experts,
             tied=tied,
             teacher=teacher,
+            hidden=hidden,
             quantization=quantization,
             preference=preference,
             averaged_over=block.layout.data,
@@ -103,6 +106,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         experts=experts,
         tied=tied,
         teacher=teacher,
+        hidden=hidden,
         quantization=quantization,
         preference=preference,
         # after the values: the optimizer works on views of the final shards
@@ -193,31 +197,61 @@ def _loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
     return DistillationLoss(group, temperature=recipe.distill.temperature, weight=recipe.distill.weight)
 
 
-def _teacher(recipe: Recipe, block: Block) -> Teacher | None:
+def _teacher(recipe: Recipe, block: Block, blueprint: Blueprint) -> Teacher | None:
     if recipe.distill is None:
         return None
     if recipe.distill.cache is None:
-        return live_teacher(recipe, block)
+        split = layers_of_stages(recipe, blueprint) if recipe.distill.hidden else None
+        return live_teacher(recipe, block, student=split)
     last = recipe.parallel.pipeline * virtual_stages(recipe) - 1
     return cached_teacher(recipe, is_last=last in _stage_indices(recipe, block))
 
 
-def live_teacher(recipe: Recipe, block: Block) -> LiveTeacher:
-    """The model of `distill.teacher` on this block, which takes part in no training."""
+def live_teacher(recipe: Recipe, block: Block, *, student: Sequence[range] | None = None) -> LiveTeacher:
+    """The model of `distill.teacher` on this block, which takes part in no training. Where hidden states are compared,
+    ``student`` are the layers of its stages: each layer's partner stands on the same stage."""
     settings, recipe = recipe.distill, teacher_recipe(recipe)
     assert settings is not None
+    compared = None
+    if student is not None:
+        compared = partners(student[-1].stop, config_of(recipe).num_hidden_layers)
+        ends = [compared[part.stop - 1] + 1 for part in student]
+        counts = tuple(stop - start for start, stop in pairwise([0, *ends]))
+        recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"layers": counts})})
     blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention, compute=recipe.precision.compute)
     stages = _frozen_stages(recipe, block, blueprint, initial_weights(recipe, blueprint))
     kept = LogitsKept()
     if settings.top_k is not None:
         group = block.mesh["tensor"].get_group()
         kept = LargestKept(group, k=settings.top_k, temperature=settings.temperature)
-    return LiveTeacher(_pipeline(recipe, block, blueprint, stages, kept), kept)
+    states = None if compared is None else StatesKept(compared)
+    for stage in stages.values():
+        stage.watch = states
+    return LiveTeacher(_pipeline(recipe, block, blueprint, stages, kept), kept, states)
+
+
+def _hidden(
+    recipe: Recipe, block: Block, blueprint: Blueprint, stages: Sequence[Stage], teacher: Teacher | None
+) -> HiddenStatesLoss | None:
+    """What draws the hidden states of ``stages`` to the teacher's, where the recipe says so."""
+    settings = recipe.distill
+    if settings is None or not isinstance(teacher, LiveTeacher) or teacher.states is None:
+        return None
+    hidden = HiddenStatesLoss(
+        teacher.states,
+        partners(blueprint.config.num_hidden_layers, config_of(teacher_recipe(recipe)).num_hidden_layers),
+        weight=settings.hidden,
+        kind=settings.hidden_loss,
+        tensor_group=block.mesh["tensor"].get_group(),
+    )
+    for stage in stages:
+        stage.watch = hidden
+    return hidden
 
 
 def _reference(
     recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto
-) -> tuple[Blueprint, Mapping[int, nn.Module]] | None:
+) -> tuple[Blueprint, Mapping[int, Stage]] | None:
     """Blueprint and stages of a preference tuning's reference; None where it is no model of its own."""
     if recipe.preference is None or recipe.preference.reference == ADAPTER:
         return None
@@ -231,7 +265,7 @@ def _reference(
     return blueprint, _frozen_stages(own, block, blueprint, weights)
 
 
-def _frozen_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Mapping[int, nn.Module]:
+def _frozen_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Mapping[int, Stage]:
     """This rank's stages, by number, of a model that is only run forward."""
     blueprint.model.requires_grad_(False)
     stages = build_stages(recipe, block, blueprint, weights, _experts(recipe, block, blueprint))

@@ -73,7 +73,7 @@ def reference(recipe: Recipe, original: Recipe) -> Reference:
     torch.set_num_threads(1)  # the ranks are forked from this process: see `launch.verify`
     blueprint = undropped_blueprint(recipe)
     model = whole_with_values(recipe, blueprint)
-    teaching, preferring = _teaching(recipe), _preferring(recipe)
+    teaching, preferring = _teaching(recipe, model, blueprint), _preferring(recipe)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     masters = {name: nn.Parameter(weights[name].clone()) for name, p in model.named_parameters() if p.requires_grad}
     model.to(blueprint.compute)
@@ -168,13 +168,16 @@ def _logits(model: nn.Module, blueprint: Blueprint, batch: Batch) -> Tensor:
     ).logits.float()
 
 
-def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | None:
+def _teaching(
+    recipe: Recipe, model: nn.Module, of_student: Blueprint
+) -> Callable[[Batch, Tensor, Tensor], Tensor] | None:
     """(batch, the student's logits, its summed loss on the labels) -> the summed loss with the teacher's share."""
     if (settings := recipe.distill) is None:
         return None
     own = teacher_recipe(recipe)
     blueprint = undropped_blueprint(own)
     teacher = whole_with_values(own, blueprint).to(blueprint.compute).eval().requires_grad_(False)
+    states = [_states(model, of_student), _states(teacher, blueprint)] if settings.hidden else []
 
     def taught(batch: Batch, logits: Tensor, from_labels: Tensor) -> Tensor:
         both = (logits, _logits(teacher, blueprint, batch))
@@ -183,9 +186,28 @@ def _teaching(recipe: Recipe) -> Callable[[Batch, Tensor, Tensor], Tensor] | Non
             ids = wanted.topk(settings.top_k).indices
             student, wanted = (_with_rest(each, ids) for each in (student, wanted))
         divergence = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE].sum()
-        return (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
+        loss = (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
+        if states:
+            ours, theirs = states
+            pairs = [(found, theirs[(at + 1) * len(theirs) // len(ours) - 1]) for at, found in enumerate(ours)]
+            if settings.hidden_loss == "mse":
+                apart = [F.mse_loss(*pair, reduction="none").mean(-1) for pair in pairs]
+            else:
+                apart = [1 - F.cosine_similarity(*pair, dim=-1) for pair in pairs]
+            loss = loss + settings.hidden * torch.stack(apart).mean(0)[batch.labels != IGNORE].sum()
+        return loss
 
     return taught
+
+
+def _states(model: nn.Module, blueprint: Blueprint) -> list[Tensor]:
+    """What each layer gave when the model last ran, [B, T, D] each."""
+    names = blueprint.anatomy
+    layers = list(model.get_submodule(f"{names.base}.{names.layers}").children())
+    kept: list[Tensor] = [torch.empty(0)] * len(layers)
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(lambda _, __, given, index=index: kept.__setitem__(index, given.float()))
+    return kept
 
 
 def _preferring(recipe: Recipe) -> PlainPreference | None:

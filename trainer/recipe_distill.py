@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cuboid.trainer.recipe_fields import Count, Positive, PositiveShare, Settings, Text
+from typing import Literal
+
+from cuboid.trainer.recipe_fields import Count, NotNegative, Positive, PositiveShare, Settings, Text
 
 
 class DistillSettings(Settings):
@@ -16,5 +18,9 @@ class DistillSettings(Settings):
     """Share of the teacher in the loss; the rest is the labels'."""
     top_k: Count | None = None
     """Compare so many of the teacher's likeliest tokens, and all others as one; null: every token."""
+    hidden: NotNegative = 0.0
+    """Weight of a term that draws each layer's hidden states to the teacher's, added to the loss; 0: none."""
+    hidden_loss: Literal["mse", "cosine"] = "mse"
+    """mse: mean of squared differences; cosine: one less the cosine of the angle between them."""
     cache: Text | None = None
     """Folder that `cuboid teach` has written: what is compared is read, and the teacher does not run; null: it runs."""

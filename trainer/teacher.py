@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cuboid.parallel.distillation import LogitsKept
+from cuboid.parallel.hidden_states import StatesKept
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.trainer.data import Batch
 
@@ -28,9 +29,16 @@ class LiveTeacher:
 
     pipeline: Pipeline
     kept: LogitsKept
+    states: StatesKept | None = None
+    """Where the student's hidden states are compared too."""
 
     def targets(self, batch: Batch) -> Mapping[str, Tensor]:
         ends = self.pipeline
-        rows = {"rows": torch.arange(len(batch.labels))} if ends.is_last else None
-        ends.evaluate(batch.input_ids if ends.is_first else None, rows, position_ids=batch.position_ids)
+        rows = {"rows": torch.arange(len(batch.labels))}
+        ends.evaluate(
+            batch.input_ids if ends.is_first else None,
+            rows if ends.is_last else None,
+            position_ids=batch.position_ids,
+            **(rows if self.states else {}),
+        )
         return self.kept.take() if ends.is_last else {}

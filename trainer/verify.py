@@ -25,7 +25,7 @@ from cuboid.trainer.model import Blueprint
 from cuboid.trainer.model_config import config_of, num_experts
 from cuboid.trainer.one_process import Reference, first_values, undropped_blueprint, whole_with_values
 from cuboid.trainer.optimizer import learning_rate
-from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe import ModelSettings, Recipe
 from cuboid.trainer.shrink import LEAST_SIZE, shrink_recipe
 
 _ROUNDED = {"loss_rel": 2e-4, "grad_norm_rel": 1e-2, "update_rel": 2e-2}
@@ -107,21 +107,23 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     ``folder``."""
     small = shrink_recipe(recipe, config_of(recipe))
     if recipe.distill is not None:
-        teacher = _small_model(teacher_recipe(recipe), folder / "teacher")
+        own = teacher_recipe(recipe)
+        like = small.model if recipe.distill.hidden else shrink_recipe(own, config_of(own)).model
         # what was written of another teacher is not read; of a small vocabulary fewer tokens are the likeliest
         top_k = recipe.distill.top_k and min(recipe.distill.top_k, config_of(small).vocab_size // 2)
-        changes = {"teacher": teacher, "cache": None, "top_k": top_k}
+        changes = {"teacher": _small_model(own, like, folder / "teacher"), "cache": None, "top_k": top_k}
         small = small.model_copy(update={"distill": recipe.distill.model_copy(update=changes)})
     if recipe.preference is not None and own_reference(recipe) is not None:
-        reference = _small_model(reference_recipe(recipe), folder / "reference")
+        own = reference_recipe(recipe)
+        reference = _small_model(own, shrink_recipe(own, config_of(own)).model, folder / "reference")
         small = small.model_copy(update={"preference": recipe.preference.model_copy(update={"reference": reference})})
     return small
 
 
-def _small_model(own: Recipe, folder: Path) -> str:
-    """The folder with another model of the recipe's."""
+def _small_model(own: Recipe, like: ModelSettings, folder: Path) -> str:
+    """The folder with another model of the recipe's, which is ``like`` the one that is trained or as small."""
     # of another seed: one that says the same as the model that is trained teaches nothing
-    small = shrink_recipe(own, config_of(own)).model_copy(update={"seed": own.seed + 1})
+    small = own.model_copy(update={"model": like, "seed": own.seed + 1})
     whole_with_values(small, undropped_blueprint(small)).save_pretrained(folder)
     return str(folder)
 
