@@ -42,6 +42,7 @@ MORE_CELLS = [
     Case(2, 1, 1, frozen="leading"),
     Case(1, 2, 2, family="mixtral", expert=2),
     Case(2, 1, 2, "zbv", lora="all"),
+    Case(2, 1, 2, "1f1b", quantize="int4"),
     ZeroCase(1, 2, 1, zero_stage=2),
     ZeroCase(2, 2, 1, zero_stage=1),
 ]
