@@ -81,4 +81,5 @@ def _print(found: Verdict, recipe: Recipe, *, shrunk: bool) -> None:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             print(f"no {kind}: {', '.join(names[:5])}{more}")
     print("the same numbers" if found.passed else "NOT the same numbers")
-    print(f"allowed: {found.compute} rounding (sums in another order); more for updates, as AdamW makes them")
+    edges = f", and numbers near an edge of {found.rounded}" if found.rounded else ""
+    print(f"allowed: {found.compute} rounding (sums in another order){edges}; more for updates, as AdamW makes them")

@@ -49,8 +49,7 @@ class FakeQuantization:
 
     def __init__(self, rounding: Rounding, group: ProcessGroup, *, start_step: int) -> None:
         self.rounding, self.group, self.start_step = rounding, group, start_step
-        self.is_on = False
-        self.begin(1)
+        self.is_on = start_step == 1
 
     def begin(self, step: int) -> None:
         """Before the step of this number, on every rank: what is computed from here on is rounded, or is not yet."""

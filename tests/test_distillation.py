@@ -59,6 +59,7 @@ MORE_CELLS = [
     Case(2, 1, 2, "zbv", lora="all"),
     Case(2, 1, 2, "interleaved_1f1b", prune="layers"),
     Case(1, 1, 2, lora="dora"),
+    Case(2, 1, 2, "1f1b", quantize="int4"),
     ZeroCase(1, 2, 1, zero_stage=2),
     ZeroCase(2, 2, 1, zero_stage=1),
     Case(1, 2, 2, tied=True, top_k=70),  # more than a rank's part of the vocabulary holds

@@ -145,6 +145,13 @@ def test_what_a_run_computes_is_what_its_export_holds(tmp_path: Path, capsys: py
     passage = passage_at(str(text), field="--data", config=load_model(tmp_path / "int4").config, length=32)
     exact = measure(load_model(tmp_path / "int4"), passage, tmp_path / "int4")
     assert exact.loss == pytest.approx(evaluated, rel=1e-6)
+    for to, words in ((Format.int8_int4, "what they read is rounded to int8"), (Format.float8, "float8: 28 matrices")):
+        export(
+            ExportOptions(
+                source=tmp_path / "run", out=tmp_path / to, to=to, group_size=16 if to is Format.int8_int4 else None
+            )
+        )
+        assert words in capsys.readouterr().out
 
 
 SCHEMES = [

@@ -376,7 +376,11 @@ def _same_on_every_rank(what: str, value: str) -> None:
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
-    optional = {"deepspeed": recipe.parallel.engine == "deepspeed", "peft": recipe.lora is not None}
+    optional = {
+        "deepspeed": recipe.parallel.engine == "deepspeed",
+        "peft": recipe.lora is not None,
+        "torchao": recipe.quantize is not None,
+    }
     names = ["torch", "transformers", *(name for name, is_used in optional.items() if is_used)]
     return {"cuboid": version(), **{name: metadata.version(name) for name in names}}
 
