@@ -32,7 +32,7 @@ from cuboid.trainer.tokenizer import save_tokenizer
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-5
 CUT_TOLERANCE = 1e-4
-"""Where pruned parts are left out: sums of fewer numbers, the others zero, round otherwise."""
+"""Of the largest logit, where pruned parts are left out: sums of fewer numbers, the others zero, round otherwise."""
 _MODEL = "model."
 _BALANCE = "balance."
 _NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation", "_name_or_path")
@@ -72,8 +72,7 @@ def export_hf(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: 
         with disk_errors_of(out):
             write_words(folder, smaller, facts)
             _write_weights(folder, stored, family=config.model_type, shard_bytes=shard_bytes)
-        limit = TOLERANCE if stored is weights else CUT_TOLERANCE
-        difference = _difference(folder, weights, config, limit)
+        difference = _difference(folder, weights, config, is_whole=stored is weights)
         sizes = None if stored is weights else (_bytes(weights), _bytes(stored))
     return Exported(checkpoint, tuple(refused), difference, weights.left_out, sizes)
 
@@ -239,11 +238,11 @@ def probe(config: transformers.PretrainedConfig) -> Tensor:
 
 
 @torch.no_grad()
-def _difference(folder: Path, weights: Weights, config: transformers.PretrainedConfig, limit: float) -> float:
+def _difference(folder: Path, weights: Weights, config: transformers.PretrainedConfig, *, is_whole: bool) -> float:
     """Largest difference between the logits of the loaded folder and of the architecture filled from the checkpoint.
 
     Raises:
-        RunFailed: it is over ``limit``, or the architecture and the checkpoint do not have the same tensors.
+        RunFailed: it is over what rounding gives, or the architecture and the checkpoint do not have the same tensors.
     """
     ids = probe(config)
     direct = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
@@ -256,6 +255,7 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
     with without_progress_bar():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True)
     difference = (loaded.eval()(ids).logits - expected).abs().max().item()
+    limit = TOLERANCE if is_whole else CUT_TOLERANCE * expected.abs().max().item()
     if not difference <= limit:
         words = f"its logits differ by {difference:.1e}, more than {limit:.0e}"
         raise RunFailed(f"{weights.path} was not exported: loaded again, {words}")
