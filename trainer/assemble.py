@@ -14,21 +14,18 @@ import torch
 from torch import nn
 
 from cuboid.parallel.data import apply_data_parallel
-from cuboid.parallel.distillation import DistillationLoss, LargestKept, LogitsKept
-from cuboid.parallel.expert import Balance, Experts, Routing, expert_modules
+from cuboid.parallel.distillation import LargestKept, LogitsKept
+from cuboid.parallel.expert import Experts, expert_modules
 from cuboid.parallel.gradients import TiedWeights
 from cuboid.parallel.hidden_states import HiddenStatesLoss, StatesKept, partners
 from cuboid.parallel.local import localise
-from cuboid.parallel.loss import SummedCrossEntropy
-from cuboid.parallel.mesh import Block, expert_mesh
+from cuboid.parallel.mesh import Block
 from cuboid.parallel.nf4 import hold_in_4_bits
 from cuboid.parallel.pipeline import Loss, Pipeline
 from cuboid.parallel.preference import LogProbabilitiesKept, PreferenceLoss
-from cuboid.parallel.pruning import Pruning
 from cuboid.parallel.quantization import FakeQuantization
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
-from cuboid.parallel.structures import StructuredPruning
 from cuboid.parallel.tensor import apply_tensor_parallel
 from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.check_distill import teacher_recipe
@@ -40,22 +37,19 @@ from cuboid.trainer.model import (
     Blueprint,
     draw_blueprint,
     estimate_costs,
-    expert_counts,
     initialise_buffers,
     local_folder,
     parameter_shapes,
-    prunable,
     seeded_tensors,
     tensor_plan,
 )
 from cuboid.trainer.model_config import config_of, layers_in_folder
 from cuboid.trainer.optimizer import ShardedAdamW
+from cuboid.trainer.parts import make_experts, make_loss, make_pruner, make_quantization
 from cuboid.trainer.plans import stored_names
 from cuboid.trainer.preference import Preference
-from cuboid.trainer.prune import Pruner, StructurePruner
-from cuboid.trainer.recipe import MoeSettings, Recipe
+from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_preference import ADAPTER
-from cuboid.trainer.structures import structures
 from cuboid.trainer.teacher import LiveTeacher, Teacher
 from cuboid.trainer.teacher_cache import cached_teacher
 from cuboid.trainer.weights import CopyInto, fill, from_full, from_safetensors
@@ -65,13 +59,13 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     """Build this rank's part of the run. Why each line stands where it does is said beside it."""
     # before the model's own stages, which are cut out of the blueprint
     reference = _reference(recipe, block, blueprint, weights)
-    experts = _experts(recipe, block, blueprint)
-    quantization = _quantization(recipe, block)
+    experts = make_experts(recipe, block, blueprint)
+    quantization = make_quantization(recipe, block)
     stages = build_stages(recipe, block, blueprint, weights, experts, quantization)
     parameters = named_parameters(stages)
     tied = TiedWeights(stages, block)
     tied.follow()
-    loss, teacher = _loss(recipe, block), _teacher(recipe, block, blueprint)
+    loss, teacher = make_loss(recipe, block), _teacher(recipe, block, blueprint)
     hidden = _hidden(recipe, block, blueprint, stages, teacher)
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     preference = None
@@ -112,7 +106,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         # after the values: the optimizer works on views of the final shards
         optimizer=ShardedAdamW(parameters, recipe.optimizer),
         clip_grad_norm=recipe.optimizer.clip_grad_norm,
-        pruner=_pruner(recipe, block, blueprint, parameters),
+        pruner=make_pruner(recipe, block, blueprint, parameters),
         saves_frozen=recipe.lora is None,
     )
 
@@ -168,33 +162,6 @@ def build_stages(
         for stage in stages:
             localise(stage)
     return stages
-
-
-def _experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | None:
-    """None where no layer has experts."""
-    if not (counts := expert_counts(blueprint)):
-        return None
-    balance = Balance(**(recipe.moe or MoeSettings()).model_dump(exclude={"experts", "top_k"}))
-    if recipe.parallel.engine == "deepspeed":  # which averages over data: each rank's losses are larger by as much
-        ranks = block.layout.data
-        balance = replace(balance, aux_loss=balance.aux_loss * ranks, z_loss=balance.z_loss * ranks)
-    routing = Routing(
-        balance=balance,
-        normalised=getattr(blueprint.config, "norm_topk_prob", True),
-        num_layers=len(counts),
-        tensor_group=block.mesh["tensor"].get_group(),
-    )
-    num_layers = blueprint.config.num_hidden_layers
-    return Experts(expert_mesh(block), routing, num_layers=num_layers, num_experts=max(counts))
-
-
-def _loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
-    group = block.mesh["tensor"].get_group()
-    if (pairs := recipe.preference) is not None:
-        return PreferenceLoss(group, beta=pairs.beta, kind=pairs.loss, label_smoothing=pairs.label_smoothing)
-    if recipe.distill is None:
-        return SummedCrossEntropy(group)
-    return DistillationLoss(group, temperature=recipe.distill.temperature, weight=recipe.distill.weight)
 
 
 def _teacher(recipe: Recipe, block: Block, blueprint: Blueprint) -> Teacher | None:
@@ -268,7 +235,7 @@ def _reference(
 def _frozen_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyInto) -> Mapping[int, Stage]:
     """This rank's stages, by number, of a model that is only run forward."""
     blueprint.model.requires_grad_(False)
-    stages = build_stages(recipe, block, blueprint, weights, _experts(recipe, block, blueprint))
+    stages = build_stages(recipe, block, blueprint, weights, make_experts(recipe, block, blueprint))
     TiedWeights(stages, block).follow()
     return dict(zip(_stage_indices(recipe, block), stages, strict=True))
 
@@ -286,30 +253,6 @@ def _preference(
     return Preference(
         loss=loss, reference=_pipeline(recipe, block, blueprint, stages, kept), kept=kept, beneath=beneath
     )
-
-
-def _quantization(recipe: Recipe, block: Block) -> FakeQuantization | None:
-    if recipe.quantize is None:
-        return None
-    from cuboid.trainer.quantize import Quantization
-
-    rounding, group = Quantization.of(recipe.quantize).rounding(), block.mesh["tensor"].get_group()
-    return FakeQuantization(rounding, group, start_step=recipe.quantize.start_step)
-
-
-def _pruner(
-    recipe: Recipe, block: Block, blueprint: Blueprint, parameters: Sequence[tuple[str, nn.Parameter]]
-) -> Pruner | StructurePruner | None:
-    if (settings := recipe.prune) is None:
-        return None
-    if settings.is_structured:
-        units = structures(blueprint.config, settings, parameter_shapes(blueprint))
-        own = [(parameter, units.cuts[name]) for name, parameter in parameters if name in units.cuts]
-        return StructurePruner(
-            settings, units, StructuredPruning(own, groups=units.groups, units=units.units, block=block)
-        )
-    names = prunable(blueprint, settings.modules)
-    return Pruner(settings, Pruning([parameter for name, parameter in parameters if name in names], block))
 
 
 def layers_of_stages(recipe: Recipe, blueprint: Blueprint) -> list[range]:

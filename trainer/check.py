@@ -144,6 +144,7 @@ def check_teacher(recipe: Recipe, devices: Devices | None) -> None:
     """`check` for a command that runs the recipe's teacher alone: the student need not fit on its mesh."""
     errors: list[UserError] = list(teach_errors(recipe))
     if not errors:
+        assert recipe.distill is not None
         own = teacher_recipe(recipe)
         errors += as_of("distill.teacher", recipe.distill.teacher, _attempt(lambda: check(own, devices))[0])
         found, config = _attempt(lambda: _config(recipe))

@@ -150,10 +150,10 @@ def run_mesh(recipe: Recipe, folder: Path, *, expected: Reference) -> None:
         for step, batch in enumerate(expected.batches, start=1):
             share = recipe.train.global_batch // block.layout.data
             rows = slice(block.coordinate.data * share, (block.coordinate.data + 1) * share)
-            own = Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
-            engine.prune(step, own)
+            mine = Batch(batch.input_ids[rows], batch.labels[rows], batch.position_ids[rows])
+            engine.prune(step, mine)
             engine.begin_step(step)
-            result = engine.backward(own)
+            result = engine.backward(mine)
             losses.append(_relative(result.loss, expected.losses[step - 1]))
             norms.append(_relative(result.grad_norm, expected.grad_norms[step - 1]))
             if step == 1:
