@@ -137,7 +137,7 @@ def adapters_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answers_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     take = preference.LogProbabilitiesKept.take
-    monkeypatch.setattr(preference.LogProbabilitiesKept, "take", lambda self: take(self).flip(0))
+    monkeypatch.setattr(preference.LogProbabilitiesKept, "take", lambda self: {"reference": take(self)["reference"].flip(0)})
 
 
 @pytest.mark.parametrize("plant", [adapters_left_on, answers_exchanged])

@@ -247,7 +247,7 @@ def test_files_that_are_no_recipes(write, tmp_path):
         (tmp_path / "x.yaml").write_bytes(content)
         assert words in complaints("x.yaml")[0]
     assert complaints("missing.yaml")[0].startswith(
-        "there is no recipe file missing.yaml; shipped recipes, by bare name: distill, finetune, "
+        "there is no recipe file missing.yaml; shipped recipes, by bare name: distill, "
     )
     assert "did you mean quickstart?" in complaints("quikstart")[0]
     (line,) = complaints(str(tmp_path))
