@@ -64,7 +64,8 @@ def closing_lines(recipe: Recipe, folder: Path) -> list[str]:
         "next": None,
     }
     if newest:
-        kind = "hf" if recipe.lora is None else "merged" if recipe.model.pretrained is None else "adapter"
+        whole = recipe.lora is not None and (recipe.lora.only_merged or recipe.model.pretrained is None)
+        kind = "hf" if recipe.lora is None else "merged" if whole else "adapter"
         target = shlex.join(["--to", kind, "--out", f"{recipe.name}-{kind}"])
         places["next"] = f"{this_command()} export {shlex.quote(shown(folder))} {target}"
     return [f"{what:<12}{where}" for what, where in places.items() if where]

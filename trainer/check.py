@@ -25,6 +25,7 @@ from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.check_prune import prunable_errors, prune_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
+from cuboid.trainer.version import torch_version
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
@@ -170,7 +171,7 @@ def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
         constraint = "has nothing to interleave on 1 pipeline rank"
         yield FieldError("parallel.schedule", name, constraint, "use 1f1b, or parallel.pipeline=2 or more")
         return
-    if SCHEDULES[name].v_shaped and find_spec("torch") and _torch_version() < _TORCH_FOR_A_V:
+    if SCHEDULES[name].v_shaped and find_spec("torch") and torch_version() < _TORCH_FOR_A_V:
         # torch 2.11 opens its connections by sending from each stage to the next, also where both stand on one rank
         constraint = f"lays neighbouring stages on one rank, which torch {metadata.version('torch')} cannot start"
         remedy = "use torch 2.13 or newer, or schedule interleaved_zero_bubble"
@@ -188,10 +189,6 @@ def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
         virtual_stages=virtual_stages(recipe),
         microbatches=recipe.parallel.microbatches,
     )
-
-
-def _torch_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in metadata.version("torch").split(".")[:2])
 
 
 def virtual_stages(recipe: Recipe) -> int:

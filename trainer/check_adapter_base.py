@@ -5,16 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
 from math import gcd
 from typing import TYPE_CHECKING
 
 from cuboid.parallel.errors import FieldError, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.version import torch_version
 
 if TYPE_CHECKING:
     from cuboid.trainer.model import Blueprint
     from cuboid.trainer.recipe_lora import LoraSettings
+
+_TORCH_THAT_KEEPS_BYTES = (2, 13)
+"""Whose FSDP casts no parameter to the type of activations that is no number."""
 
 
 def base_errors(recipe: Recipe) -> Iterator[FieldError]:
@@ -32,6 +38,10 @@ def base_errors(recipe: Recipe) -> Iterator[FieldError]:
     if recipe.parallel.engine == "deepspeed":
         constraint = "is held in bytes, which parallel.engine=deepspeed would take for numbers"
         yield FieldError("lora.base", recipe.lora.base, constraint, "use null, or parallel.engine=native")
+    if recipe.precision.compute != "float32" and find_spec("torch") and torch_version() < _TORCH_THAT_KEEPS_BYTES:
+        constraint = f"is held in bytes, which torch {metadata.version('torch')} gathers as {recipe.precision.compute}"
+        remedy = "use torch 2.13 or newer, or precision.compute=float32"
+        yield FieldError("lora.base", recipe.lora.base, constraint, remedy)
 
 
 def size_errors(recipe: Recipe, settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:
