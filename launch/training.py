@@ -67,7 +67,8 @@ def closing_lines(recipe: Recipe, folder: Path) -> list[str]:
     }
     if newest:
         in_no_folder = recipe.model.pretrained is None or recipe.model.layers is not None
-        kind = "hf" if recipe.lora is None else "merged" if in_no_folder else "adapter"
+        whole = recipe.lora is not None and (recipe.lora.only_merged or in_no_folder)
+        kind = "hf" if recipe.lora is None else "merged" if whole else "adapter"
         kind = recipe.quantize.scheme if recipe.quantize else kind
         target = shlex.join(["--to", kind, "--out", f"{recipe.name}-{kind}"])
         places["next"] = f"{this_command()} export {shlex.quote(shown(folder))} {target}"

@@ -56,8 +56,8 @@ def packed(weight_FD: Tensor) -> Tensor:
 def unpacked(blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """[F, D / 64, 34] of bytes -> [F, D] in ``dtype``: level times scale."""
     scales = blocks[..., _HALF:].contiguous().view(torch.bfloat16).float()
-    pairs = F.embedding(blocks[..., :_HALF].int(), _pairs(blocks.device))
-    return (pairs.flatten(-2) * scales).flatten(-2).to(dtype)
+    levels = F.embedding(blocks[..., :_HALF].int(), _pairs(blocks.device)).flatten(-2)
+    return levels.mul_(scales).flatten(-2).to(dtype)
 
 
 def values(tensor: Tensor) -> Tensor:

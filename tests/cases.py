@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"model_type": "gpt_neox"},
     "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "mixtral_blocks": {"model_type": "mixtral", "num_local_experts": 4, "hidden_size": 128},
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 8,
@@ -67,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | NO_SPECIAL_TOKENS
     | {"sliding_window": 5},
 }
-WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+WITH_EXPERTS = ("mixtral", "mixtral_blocks", "qwen3_moe", "olmoe", "gpt_oss")
 BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 """Large, so that a wrong gradient of theirs shows."""
 

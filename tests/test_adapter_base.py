@@ -16,8 +16,10 @@ from runs import losses, run
 from test_adapters import adapter_run, blueprint_of, loaded, logits, pretrained, recipe_with
 from torch import nn
 
+from cuboid.launch.training import closing_lines
 from cuboid.parallel.errors import UserError
 from cuboid.parallel.nf4 import LEVELS, NF4Linear, packed, unpacked
+from cuboid.trainer import check_adapter_base
 from cuboid.trainer.adapter_base import olora_factors, pissa_factors
 from cuboid.trainer.adapters import adapt, inject
 from cuboid.trainer.assemble import initial_weights
@@ -147,6 +149,15 @@ def test_what_cannot_be_is_told(family: str, lora: dict[str, Any], parallel: dic
     assert any(str(error).startswith(words) for error in found), [str(error) for error in found]
 
 
+def test_an_old_torch_keeps_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_adapter_base, "torch_version", lambda: (2, 11))
+    recipe = recipe_with(NF4, precision={"compute": "bfloat16"})
+    (error,) = lora_errors(recipe, runs_here=True)
+    assert str(error).startswith("lora.base=nf4 is held in bytes, which torch ")
+    assert str(error).endswith(" gathers as bfloat16; use torch 2.13 or newer, or precision.compute=float32")
+    assert not [*lora_errors(recipe_with(NF4), runs_here=True)]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("lora", TAKING_OUT)
 def test_what_was_taken_out_is_given_back_by_the_export(tmp_path: Path, lora: dict[str, Any]) -> None:
@@ -194,7 +205,9 @@ def test_a_run_in_4_bits_goes_on_and_is_exported(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_factors_taken_out_before_rounding_are_exported_merged(tmp_path: Path) -> None:
     base = pretrained(tmp_path / "base", "blocks")
-    run(adapter_run(base, {"rank": 4, "base": "nf4", "init": "pissa"}, "1x1x2"), tmp_path / "run")
+    recipe = adapter_run(base, {"rank": 4, "base": "nf4", "init": "pissa"}, "1x1x2")
+    run(recipe, tmp_path / "run")
+    assert "--to merged" in closing_lines(recipe, tmp_path / "run")[-1]
     with pytest.raises(UserError, match=r"lora.init=pissa left matrices that were then rounded .* use --to merged"):
         export_adapter(tmp_path / "run", tmp_path / "adapter")
     assert export_adapter(tmp_path / "run", tmp_path / "merged", merge=True).difference <= 1e-4

@@ -145,7 +145,7 @@ def test_what_a_schedule_that_splits_backwards_cannot_take():
 
 
 def test_an_old_torch_lays_no_v(monkeypatch):
-    monkeypatch.setattr("cuboid.trainer.check._torch_version", lambda: (2, 11))
+    monkeypatch.setattr("cuboid.trainer.check.torch_version", lambda: (2, 11))
     (line,) = complaints(recipe(parallel={"pipeline": 2, "microbatches": 4, "schedule": "dualpipe_v"}))
     assert line.startswith("parallel.schedule=dualpipe_v lays neighbouring stages on one rank, which torch ")
     assert line.endswith("cannot start; use torch 2.13 or newer, or schedule interleaved_zero_bubble")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuboid.parallel.nf4 import BLOCK, BLOCK_BYTES, frozen_linears, packed, unpacked
+from cuboid.parallel.nf4 import BLOCK, frozen_linears, packed, unpacked
 from cuboid.trainer.model import Blueprint
 from cuboid.trainer.recipe_lora import LoraSettings
 from cuboid.trainer.weights import CopyInto
@@ -41,21 +41,18 @@ class Base:
 
     def copy_into(self, name: str, part: tuple[slice, ...], target: Tensor) -> None:
         """A part of ``name``: of its numbers, or of its blocks [F, D / 64, 34] where ``target`` holds bytes. Numbers of
-        a matrix in 4 bits are those that its blocks stand for."""
+        a matrix in 4 bits are those that its blocks stand for, and a part of them is one of whole blocks."""
         if name not in self._in_4_bits:
             self._copy(name, part, target)
-        elif target.dtype is torch.uint8:
-            rows, blocks, whole = part
-            assert whole == slice(0, BLOCK_BYTES)
-            numbers = torch.empty(target.shape[0], target.shape[1] * BLOCK)
-            self._copy(name, (rows, slice(blocks.start * BLOCK, blocks.stop * BLOCK)), numbers)
-            target.copy_(packed(numbers))
-        else:
-            rows, columns = part
-            first, end = columns.start // BLOCK * BLOCK, -(-columns.stop // BLOCK) * BLOCK
-            numbers = torch.empty(target.shape[0], end - first)
-            self._copy(name, (rows, slice(first, end)), numbers)
-            target.copy_(unpacked(packed(numbers))[:, columns.start - first : columns.stop - first])
+            return
+        rows, columns, *_ = part
+        as_blocks = target.dtype is torch.uint8
+        if as_blocks:
+            columns = slice(columns.start * BLOCK, columns.stop * BLOCK)
+        numbers = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+        self._copy(name, (rows, columns), numbers)
+        blocks = packed(numbers)
+        target.copy_(blocks if as_blocks else unpacked(blocks))
 
     def factors(self, owner: str) -> tuple[Tensor, Tensor]:
         """A [r, D] and B [F, r], which were taken out of the matrix of the linear ``owner``."""

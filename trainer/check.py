@@ -27,6 +27,7 @@ from cuboid.trainer.check_preference import own_reference, preference_errors, re
 from cuboid.trainer.check_prune import prunable_errors, prune_errors, structure_errors
 from cuboid.trainer.check_quantize import group_errors, quantize_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
+from cuboid.trainer.version import torch_version
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
@@ -191,7 +192,7 @@ def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
         constraint = "has nothing to interleave on 1 pipeline rank"
         yield FieldError("parallel.schedule", name, constraint, "use 1f1b, or parallel.pipeline=2 or more")
         return
-    if SCHEDULES[name].v_shaped and find_spec("torch") and _torch_version() < _TORCH_FOR_A_V:
+    if SCHEDULES[name].v_shaped and find_spec("torch") and torch_version() < _TORCH_FOR_A_V:
         # torch 2.11 opens its connections by sending from each stage to the next, also where both stand on one rank
         constraint = f"lays neighbouring stages on one rank, which torch {metadata.version('torch')} cannot start"
         remedy = "use torch 2.13 or newer, or schedule interleaved_zero_bubble"
@@ -209,10 +210,6 @@ def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
         virtual_stages=virtual_stages(recipe),
         microbatches=recipe.parallel.microbatches,
     )
-
-
-def _torch_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in metadata.version("torch").split(".")[:2])
 
 
 def virtual_stages(recipe: Recipe) -> int:

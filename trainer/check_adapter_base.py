@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
 from math import gcd
 from typing import TYPE_CHECKING
 
 from cuboid.parallel.errors import FieldError, one_of
 from cuboid.parallel.layout import divisors
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.version import torch_version
 
 if TYPE_CHECKING:
     from cuboid.trainer.model import Blueprint
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 _DRAWN = ("default", "gaussian")
 """Ways to draw A of whatever shape, beside a B of zeros."""
+_TORCH_THAT_KEEPS_BYTES = (2, 13)
+"""Whose FSDP casts no parameter to the type of activations that is no number."""
 
 
 def base_errors(recipe: Recipe) -> Iterator[FieldError]:
@@ -38,6 +43,10 @@ def base_errors(recipe: Recipe) -> Iterator[FieldError]:
     if recipe.parallel.engine == "deepspeed":
         constraint = "is held in bytes, which parallel.engine=deepspeed would take for numbers"
         yield FieldError("lora.base", recipe.lora.base, constraint, "use null, or parallel.engine=native")
+    if recipe.precision.compute != "float32" and find_spec("torch") and torch_version() < _TORCH_THAT_KEEPS_BYTES:
+        constraint = f"is held in bytes, which torch {metadata.version('torch')} gathers as {recipe.precision.compute}"
+        remedy = "use torch 2.13 or newer, or precision.compute=float32"
+        yield FieldError("lora.base", recipe.lora.base, constraint, remedy)
 
 
 def size_errors(recipe: Recipe, settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:

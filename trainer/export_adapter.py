@@ -106,7 +106,7 @@ def _recipe(checkpoint: Path, facts: dict[str, Any], *, merge: bool) -> tuple[Re
     if pretrained is not None and fingerprint(local_folder(pretrained)) != facts["adapter"]["base"]:
         raise UserError(f"{checkpoint}: the model in {pretrained} is not the one that was trained on (other weights)")
     settings = LoraSettings.model_validate(facts["adapter"]["settings"])
-    if settings.takes_out and settings.base and not merge:
+    if settings.only_merged and not merge:
         words = f"lora.init={settings.init} left matrices that were then rounded to lora.base={settings.base}"
         raise UserError(f"{checkpoint}: {words}, and no adapter beside those of {pretrained} is equal; use --to merged")
     return recipe, settings

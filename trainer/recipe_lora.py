@@ -45,3 +45,9 @@ class LoraSettings(Settings):
     def takes_out(self) -> bool:
         """Whether the adapter begins as a part of W that W is frozen without."""
         return self.init in ("pissa", "olora")
+
+    @property
+    def only_merged(self) -> bool:
+        """Whether W was rounded after a part was taken out of it, so that no adapter beside the model's own W is equal
+        to the one that was trained."""
+        return self.takes_out and self.base is not None

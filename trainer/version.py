@@ -1,4 +1,4 @@
-"""Which cuboid this is: its version with the git revision that it was built from. Imports no torch."""
+"""Which cuboid this is, its version with the git revision that it was built from, and which torch. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ def version() -> str:
     except (OSError, subprocess.SubprocessError):  # no git here, or a checkout of somebody else
         return built
     return f"{built.partition('+')[0]}+g{done.stdout.strip().replace('-', '.')}"
+
+
+def torch_version() -> tuple[int, int]:
+    """(2, 13) of the torch that is installed."""
+    major, minor, *_ = metadata.version("torch").split(".")
+    return int(major), int(minor)
