@@ -171,6 +171,14 @@ def test_pairs_against_a_reference_pass(
         assert code == 1, printed
 
 
+def test_rounding_of_pairs_is_not_mistaken_for_a_fault(tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "?", "chosen": "!", "rejected": "."}])
+    Path("small.yaml").write_text(RECIPE.format(family="llama"))
+    done = CliRunner().invoke(cli.app, ["verify", "small.yaml", PAIRS, "preference={}", "precision.compute=bfloat16"])
+    assert done.exit_code == 2
+    assert "in bfloat16 a pair's loss comes of differences between sums that are rounded; use" in done.stderr
+
+
 def test_what_is_pruned_later_is_pruned_at_once(verify: Verify) -> None:
     code, printed = verify("prune={ratio: 0.7, begin_step: 10, end_step: 20}", "parallel.schedule=interleaved_1f1b")
     assert code == 0, printed
