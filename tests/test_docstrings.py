@@ -38,6 +38,11 @@ def test_docstrings_of_the_standard_library_are_conversations(tmp_path: Path) ->
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert assistant["content"] not in user["content"]
+    for name, file in files.items():
+        pairs = [json.loads(line) for line in file.with_name(f"preferences-{name}.jsonl").read_text().splitlines()]
+        asked = [([*pair["prompt"], *pair["chosen"]], pair["module"]) for pair in pairs]
+        assert asked == [(row["messages"], row["module"]) for row in rows[name]]
+        assert [pair["rejected"] for pair in pairs] == [pair["chosen"] for pair in [*pairs[1:], pairs[0]]]
     for file in files.values():
         data = prepared(str(file), tmp_path / "cache", kind="chat", chat_template="chatml", sequence_length=2048)
         assert data.num_documents == len(rows[file.stem])

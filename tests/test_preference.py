@@ -137,7 +137,11 @@ def adapters_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answers_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     take = preference.LogProbabilitiesKept.take
-    monkeypatch.setattr(preference.LogProbabilitiesKept, "take", lambda self: {"reference": take(self)["reference"].flip(0)})
+
+    def exchanged(self: preference.LogProbabilitiesKept) -> dict[str, torch.Tensor]:
+        return {name: kept.flip(0) for name, kept in take(self).items()}
+
+    monkeypatch.setattr(preference.LogProbabilitiesKept, "take", exchanged)
 
 
 @pytest.mark.parametrize("plant", [adapters_left_on, answers_exchanged])

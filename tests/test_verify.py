@@ -7,21 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers  # also since its log handler keeps the stream that it finds first: not the runner's
-from samples import chats, said, write_rows
+from samples import chats, said
 from torch.distributed.tensor import Replicate
 from typer.testing import CliRunner
 from verifying import RECIPE, Verify
 
 from cuboid.launch import cli
 from cuboid.parallel import gradients, tensor
-from cuboid.trainer import adapters, assemble, engine, one_process
+from cuboid.trainer import assemble, engine, one_process
 from cuboid.trainer.data import Batch
 
 pytestmark = pytest.mark.usefixtures("beside_a_text")
@@ -110,34 +109,6 @@ def test_hidden_states_are_compared_with_a_teacher_of_the_same_width(verify: Ver
     (tmp_path / "teacher/model.safetensors").touch()
     code, printed = verify("distill={teacher: teacher, hidden: 0.5, hidden_loss: cosine}", "parallel.schedule=zbv")
     assert code == 0, printed
-
-
-PAIRS = "data={kind: preference, path: pairs.jsonl, tokenizer: bytes, sequence_length: 96}"
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("lora={rank: 4}", "preference={reference: adapter}", "data.packing=false"),
-        pytest.param(("preference={reference: other, loss: ipo}", "parallel.schedule=zbv"), marks=pytest.mark.full),
-    ],
-    ids=["adapter", "other"],
-)
-def test_pairs_against_a_reference_pass(
-    verify: Verify, tmp_path: Path, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Cut to a part of either answer; a fault of the switch is found, as the one process has a model of its own."""
-    rows = [{"prompt": "?" * 9, "chosen": "!" * (1 + row % 23), "rejected": "." * (1 + row % 19)} for row in range(99)]
-    write_rows(tmp_path / "pairs.jsonl", rows)
-    transformers.Qwen3Config(hidden_size=64, vocab_size=264).save_pretrained(tmp_path / "other")
-    (tmp_path / "other/model.safetensors").touch()
-    code, printed = verify(PAIRS, *overrides)
-    assert code == 0, printed
-    assert "pairs of answers (" in printed
-    if "adapter" in overrides[1]:
-        monkeypatch.setattr(adapters, "switched_off", lambda models: nullcontext())
-        code, printed = verify(PAIRS, *overrides)
-        assert code == 1, printed
 
 
 def test_what_is_pruned_later_is_pruned_at_once(verify: Verify) -> None:
