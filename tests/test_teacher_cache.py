@@ -17,13 +17,16 @@ from runs import events, losses, recipe_on, run
 from test_check import complaints
 from transformers import AutoModelForCausalLM
 
+from cuboid.parallel.errors import RunFailed
+from cuboid.parallel.loss import IGNORE
 from cuboid.trainer import assemble, teach
 from cuboid.trainer.cache import facts_of
+from cuboid.trainer.data import Batch
 from cuboid.trainer.loop import train
 from cuboid.trainer.model_config import read_checked_config
 from cuboid.trainer.recipe import ModelSettings, Recipe
 from cuboid.trainer.restore import read_facts
-from cuboid.trainer.teacher_cache import key_of
+from cuboid.trainer.teacher_cache import cached_teacher, key_of
 
 LENGTH, TOP_K = 16, 6
 
@@ -110,6 +113,17 @@ def test_a_key_tells_content_and_place() -> None:
     ids, places = np.arange(8), np.arange(8)
     assert key_of(ids, places) == key_of(ids.copy(), places.copy())
     assert len({key_of(ids, places), key_of(places[::-1].copy(), places), key_of(ids, places % 4)}) == 3
+
+
+def test_a_sample_that_was_never_taught_is_not_taken_for_another(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher", seed=0)
+    recipe = taught("1x1x1", tmp_path, cache=str(tmp_path / "cache"), steps=1)
+    run_ranks(teach.teach, 1, recipe, tmp_path, timeout=60)
+    unknown = torch.zeros(1, LENGTH, dtype=torch.int64)
+    with pytest.raises(RunFailed, match="does not hold a sample of this step"):
+        cached_teacher(recipe, is_last=True).targets(Batch(unknown, unknown, unknown))
+    unasked = Batch(unknown, unknown + IGNORE, unknown)
+    assert not cached_teacher(recipe, is_last=True).targets(unasked)["teacher"].any(), "it predicts nothing"
 
 
 def test_what_is_asked_of_a_cache_is_checked_before_a_process_starts(tmp_path: Path) -> None:
