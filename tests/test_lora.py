@@ -25,6 +25,8 @@ EVERY = [
     Case(2, 1, 2, "looped_bfs", "olmo2", lora="whole"),
     Case(2, 1, 2, "zbv", "gemma2", lora="whole"),
     Case(1, 4, 1, shard=2, lora="all"),
+    Case(2, 1, 2, lora="head"),
+    Case(1, 1, 2, sequence=False, lora="head"),
     Case(2, 2, 1, "zbv", "qwen3", lora="dora"),
     Case(2, 1, 2, "1f1b", "llama", sequence=False, lora="dora"),
     Case(1, 1, 2, family="phi3", lora="dora"),  # a column gathered and a row of whole tokens
