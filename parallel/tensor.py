@@ -69,6 +69,7 @@ _ADAPTER: Mapping[Role, Mapping[str, Role]] = {
     Role.COLUMN_GATHERED: {"A": Role.HEADS, "B": Role.COLUMN_GATHERED, "magnitude_vector": Role.LENGTHS_GATHERED},
     Role.ROW: {"A": Role.ROW, "B": Role.TOKENS, "magnitude_vector": Role.LENGTHS_WHOLE},
     Role.ROW_CUT: {"A": Role.ROW_CUT, "B": Role.TOKENS, "magnitude_vector": Role.LENGTHS_WHOLE},
+    Role.HEAD: {"A": Role.HEADS, "B": Role.HEAD, "magnitude_vector": Role.LENGTHS},
     Role.EXPERTS: {"A": Role.EXPERTS, "B": Role.EXPERTS},
 }
 """Roles of the two matrices beside a linear of each role (y = W x + B A x: Hu et al. 2022, "LoRA", section 4.1),
@@ -96,6 +97,8 @@ def apply_tensor_parallel(stage: nn.Module, mesh: DeviceMesh, plan: Plan, *, seq
         _distribute(module, mesh, role, shared, sequence=sequence)
         if role in (Role.COLUMN, Role.COLUMN_GATHERED):
             entered.add(stage.get_submodule(adapted(name).rpartition(".")[0]))
+        elif role is Role.HEAD:
+            entered.add(stage.get_submodule(adapted(name)))  # its adapter reads the same
         _WRAP[role](module, mesh, sequence)
     for block in entered:
         _enter_block(block, mesh, sequence)
@@ -219,11 +222,6 @@ def _embedding(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
     module.forward = forward  # type: ignore[method-assign, assignment]
 
 
-def _head(module: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
-    _wrap_local(module, Partial())
-    _enter_block(module, mesh, sequence)
-
-
 def _lengths(module: nn.Module, mesh: DeviceMesh, sequence: bool, *, cut: bool = False, gathered: bool = False) -> None:
     grad = Partial() if sequence else Replicate()
     apply_lengths(module, mesh.get_group(), cut=cut, gathered=gathered, replicated_grad=grad)
@@ -251,7 +249,7 @@ _WRAP: Mapping[Role, Callable[[nn.Module, DeviceMesh, bool], None]] = {
     Role.HEADS: _heads,
     Role.EMBEDDING: _embedding,
     Role.POSITIONS: _positions,
-    Role.HEAD: _head,
+    Role.HEAD: _heads,
     Role.LENGTHS: _lengths,
     Role.LENGTHS_GATHERED: partial(_lengths, gathered=True),
     Role.LENGTHS_WHOLE: partial(_lengths, cut=True),

@@ -113,6 +113,7 @@ LORA: dict[str, dict[str, Any] | None] = {
     "some": {"targets": ["q_proj", "v_proj", "down_proj"], "rank": 3, "alpha": 6.0, "rslora": True},
     "biases": {"rank": 2, "alpha": 4.0, "bias": "all"},
     "dora": {"rank": 4, "alpha": 16.0, "dora": True, "bias": "lora_only"},
+    "head": {"targets": ["q_proj", "lm_head"], "rank": 4, "alpha": 16.0, "dora": True},
     "experts": {"rank": 3, "alpha": 6.0, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "down": {"targets": ["v_proj"], "rank": 4, "alpha": 8.0, "target_parameters": ["experts.down_proj"]},
     "whole": {"rank": 4, "alpha": 8.0, "modules_to_save": ["embed_tokens", "norm", "lm_head"]},

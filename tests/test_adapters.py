@@ -141,7 +141,8 @@ def test_adapters_of_experts_go_on_elsewhere_and_are_exported(tmp_path: Path, fa
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
 def test_transposed_linears_and_mixtures_are_exported_and_gone_on_from(tmp_path: Path, family: str) -> None:
     base, dora = pretrained(tmp_path / "base", family), family == "gpt2"
-    recipe = adapter_run(base, {"rank": 2, "dora": dora})
+    lora = {"targets": ["c_attn", "c_fc", "c_proj", "lm_head"], "dora": True} if dora else {}
+    recipe = adapter_run(base, {"rank": 2, **lora})
     run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}), tmp_path / "run")
     assert export_adapter(tmp_path / "run", tmp_path / "adapter").difference <= 1e-5
     assert export_adapter(tmp_path / "run", tmp_path / "merged", merge=True).difference <= 1e-4
@@ -235,7 +236,12 @@ def recipe_with(lora: dict[str, Any], **changes: Any) -> Recipe:
             {"targets": ["q_proj"]},
             "lora.targets=q_proj is no linear in a layer of this gpt2; use all-linear, or c_attn, c_fc or c_proj",
         ),
-        ("llama", {"targets": ["q_proj", "lm_head"]}, "lora.targets=lm_head is no linear in a layer of this llama"),
+        ("llama", {"targets": ["embed_tokens"]}, "lora.targets=embed_tokens is the embedding of this llama, whose"),
+        (
+            "llama",
+            {"targets": ["lm_head"], "modules_to_save": ["lm_head"]},
+            "lora.targets=lm_head is the head of this llama, trained whole too; leave it out",
+        ),
         ("llama", {"targets": []}, "lora.targets=[] names nothing; use all-linear, or down_proj, gate_proj"),
         ("llama", {"modules_to_save": ["mlp"]}, "lora.modules_to_save=mlp is no module with weights of its own"),
         (
@@ -274,6 +280,8 @@ def test_what_the_model_does_not_have_is_refused(family: str, lora: dict[str, An
 def test_a_tied_head_is_not_trained_apart() -> None:
     (error,) = target_errors(recipe_with({"modules_to_save": ["lm_head"]}), blueprint_of("llama", tied=True))
     assert "is tied in this llama" in str(error)
+    (error,) = target_errors(recipe_with({"targets": ["lm_head"]}), blueprint_of("llama", tied=True))
+    assert str(error).startswith("lora.targets=lm_head is the head of this llama, tied: merged, head and embedding")
 
 
 def test_a_mistake_is_told_before_any_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

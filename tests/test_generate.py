@@ -82,10 +82,15 @@ def test_an_adapter_s_folder_answers_with_its_model(model: Any, tmp_path: Path) 
     assert expected != most_likely(model, "All that", 12)
     printed = generated(str(folder), "--prompt", "All that", "--max-new-tokens", "12")
     assert printed.rstrip("\n") == expected.rstrip("\n")
+    save_model(make_model(vocab_size=257, family="smollm2"), tmp_path / "other", 1)
+    export_hf(tmp_path / "other", tmp_path / "larger")
     said = json.loads((folder / "adapter_config.json").read_text())
     for change, words in (
         ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
         ({"peft_type": "IA3"}, "adapter uses peft_type=IA3"),
+        ({"base_model_name_or_path": str(tmp_path / "larger")}, "has shape [8, 32], this model's has [8, 36]"),
+        ({"base_model_name_or_path": str(tmp_path / "none")}, "none is not here"),
+        ({"target_modules": ["c_attn"]}, "is no adapter of"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(said | change))
         done = CliRunner().invoke(cli.app, ["generate", str(folder), "--prompt", "All that"])

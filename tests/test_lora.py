@@ -9,7 +9,7 @@ from cases import Case
 from harness import run_ranks
 from parity import assert_same_numbers, compare, difference, reference
 
-from cuboid.parallel import tensor
+from cuboid.parallel import dora, tensor
 from cuboid.parallel.tensor import Role
 
 CASES = [
@@ -28,6 +28,8 @@ EVERY = [
     Case(2, 1, 2, "looped_bfs", "olmo2", lora="whole"),
     Case(2, 1, 2, "zbv", "gemma2", lora="whole"),
     Case(1, 4, 1, shard=2, lora="all"),
+    Case(2, 1, 2, lora="head"),
+    Case(1, 1, 2, sequence=False, lora="head"),
     Case(2, 2, 1, "zbv", "qwen3", lora="dora"),
     Case(2, 1, 2, "1f1b", "llama", sequence=False, lora="dora"),
     Case(1, 1, 2, family="phi3", lora="dora"),  # a column gathered and a row of whole tokens
@@ -62,3 +64,12 @@ def test_a_gradient_that_is_not_summed_over_tensor_ranks_is_found(monkeypatch: p
     ranks = run_ranks(compare, case.world_size, case, reference(case), timeout=120)
     assert all(rank.gradient > 1e-2 for rank in ranks)
     assert all(".lora_A." in rank.worst_gradient for rank in ranks)
+
+
+@pytest.mark.full
+def test_lengths_of_the_part_of_a_row_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank takes the length of its own part of a cut row for that of the whole."""
+    case, lengths = Case(1, 1, 2, lora="dora"), dora._lengths
+    monkeypatch.setattr(dora, "_lengths", lambda *args, group: lengths(*args, group=None))
+    ranks = run_ranks(compare, case.world_size, case, reference(case), timeout=120)
+    assert all(min(rank.losses) > 1e-4 for rank in ranks)

@@ -51,7 +51,7 @@ CELLS = [
     ZeroCase(2, 2, 2, zero_stage=1, family="qwen3", tied=True),
     ZeroCase(1, 2, 1, zero_stage=2, offload="cpu"),
     ZeroCase(1, 2, 1, zero_stage=3, family="mixtral"),
-    ZeroCase(1, 2, 2, zero_stage=3, lora="whole"),
+    ZeroCase(1, 2, 1, zero_stage=3, lora="whole"),
 ]
 MORE_CELLS = [
     ZeroCase(1, 1, 1, zero_stage=1, offload="cpu"),

@@ -83,17 +83,17 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
 
 
-def base_of(folder: Path) -> str:
-    """The folder or hub id of the model that an adapter is of.
+def settings_and_base(folder: Path) -> tuple[LoraSettings, str]:
+    """Of an adapter, with the folder or hub id of the model that it is of.
 
     Raises:
         UserError: it names none, or it is of a kind that is not offered.
     """
     try:
-        settings_of(LoraSettings(adapter=str(folder)))
+        settings = settings_of(LoraSettings(adapter=str(folder)))
     except FieldError as error:
         raise UserError(f"{folder} {error.constraint}; {error.remedy}") from None
     said: Mapping[str, Any] = json.loads((folder / CONFIG).read_text())
     if not (base := said.get("base_model_name_or_path")):
         raise UserError(f"{folder}: its {CONFIG} names no base_model_name_or_path; write the model's folder into it")
-    return str(base)
+    return settings, str(base)

@@ -76,10 +76,18 @@ def _linear_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[Fie
     remedy = f"use all-linear, or {one_of(_ends(found))}"
     if settings.targets == () and not settings.target_parameters:
         yield FieldError("lora.targets", "[]", "names nothing", remedy)
+    anatomy, family = blueprint.anatomy, blueprint.config.model_type
     for target in () if settings.targets == "all-linear" else settings.targets:
-        if not any(f".{name}".endswith(f".{target}") for name in found):
-            constraint = f"is no linear in a layer of this {blueprint.config.model_type}"
-            yield FieldError("lora.targets", target, constraint, remedy)
+        if any(f".{name}".endswith(f".{target}") for name in found):
+            continue
+        if target == anatomy.embedding:
+            constraint = f"is the embedding of this {family}, whose adapter no tensor rank divides yet"
+            yield FieldError("lora.targets", target, constraint, "train it whole by lora.modules_to_save")
+        elif target != anatomy.head:
+            yield FieldError("lora.targets", target, f"is no linear in a layer of this {family}", remedy)
+        elif anatomy.tied or target in settings.modules_to_save:
+            reason = "tied: merged, head and embedding would no longer be one" if anatomy.tied else "trained whole too"
+            yield FieldError("lora.targets", target, f"is the head of this {family}, {reason}", "leave it out")
 
 
 def _expert_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:

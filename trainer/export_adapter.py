@@ -74,7 +74,8 @@ def export_adapter(source: Path, out: Path, *, merge: bool = False, overwrite: b
             if settings.takes_out:
                 model = _beside_whole(model, recipe, blueprint, settings, base)
             with disk_errors_of(out):
-                model.save_pretrained(partial)
+                # peft would save the frozen head too where that is a target
+                model.save_pretrained(partial, save_embedding_layers=False)
                 write_tokenizer(partial, blueprint.config, facts)
             del model
             _check_names(partial, weights)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
-from cuboid.trainer.adapter_folder import base_of, is_adapter_folder
+from cuboid.trainer.adapter_folder import is_adapter_folder, settings_and_base
 from cuboid.trainer.export import Exported, export_hf, probe, without_progress_bar
 from cuboid.trainer.low_rank_format import is_low_rank, load_low_rank, read_low_rank_config
 from cuboid.trainer.manifest import MANIFEST
-from cuboid.trainer.model import local_folder
+from cuboid.trainer.model import draw_blueprint, local_folder
 from cuboid.trainer.out_folder import disk_errors_of
 from cuboid.trainer.publish import discard
 from cuboid.trainer.recipe import Recipe, validated
@@ -89,14 +89,25 @@ def trained_rounding(source: Path) -> QuantizeSettings | None:
 
 
 def _merge(adapter: Path, out: Path) -> None:
-    """The whole model of an adapter's folder; its tokenizer is the adapter's, or else the model's."""
-    from cuboid.trainer.adapters import load_adapter
+    """The whole model of an adapter's folder; its tokenizer is the adapter's, or else the model's.
 
-    base = base_of(adapter)
+    Raises:
+        UserError: its model is not there, or another one.
+    """
+    from cuboid.trainer.adapters import load_adapter, misfits
+
+    settings, base = settings_and_base(adapter)
     try:
         folder = local_folder(base)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the hub's, of an id that it does not have, or that is none
         raise UserError(f"{adapter}: its model {base} is not here: {_first_line(error)}") from error
+    blueprint = draw_blueprint(read_config(folder))
+    try:
+        wrong = misfits(blueprint, settings)  # peft would leave out what it does not find
+    except ValueError as error:  # peft's, of targets that the model does not have
+        wrong = [_first_line(error)]
+    if wrong:
+        raise UserError(f"{adapter} is no adapter of {base}: {'; '.join(wrong[:_SHOWN])}")
     model: Any = load_adapter(load_model(folder), adapter)
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else folder)
     with disk_errors_of(out), quietly():

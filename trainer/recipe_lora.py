@@ -12,8 +12,8 @@ class LoraSettings(Settings):
     (Hu et al. 2022, "LoRA", section 4.1). Computed by peft (the extra cuboid[lora])."""
 
     targets: Literal["all-linear"] | Names = "all-linear"
-    """Matrices that get an adapter, by the ends of their names, such as [q_proj, v_proj]; all-linear: those of every
-    layer."""
+    """Matrices that get an adapter, by the ends of their names, such as [q_proj, v_proj], or a head that is not tied;
+    all-linear: those of every layer."""
     rank: Count = 16
     """Rows of A and columns of B."""
     alpha: Positive = 32.0
