@@ -29,6 +29,7 @@ from cuboid.trainer.model_folder import load_model, logits
 from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.quantize import Quantization
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe_lora import LoraSettings
 from cuboid.trainer.recipe_quantize import QuantizeSettings
 from cuboid.trainer.tokenizer import save_tokenizer
 
@@ -129,11 +130,17 @@ def rounded_recipe(mesh: str, held_out: Path | None = None, **settings: Any) -> 
     return recipe_on(mesh, changes=told).model_copy(update={"quantize": QuantizeSettings(**settings)})
 
 
-def test_what_a_run_computes_is_what_its_export_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On two tensor ranks; the export takes its groups from the run."""
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LoraSettings(rank=4), marks=pytest.mark.full)], ids=["whole", "lora"]
+)
+def test_what_a_run_computes_is_what_its_export_holds(
+    lora: LoraSettings | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On two tensor ranks; the export takes its groups from the run, and an adapter into its matrices."""
     text = tmp_path / "held-out.txt"
     text.write_text("Deeds will not be less valiant because they are unpraised. " * 9)
-    evaluated = run(rounded_recipe("1x1x2", text, scheme="int4", group_size=8), tmp_path / "run")[-1]["eval_loss"]
+    rounded = rounded_recipe("1x1x2", text, scheme="int4", group_size=8).model_copy(update={"lora": lora})
+    evaluated = run(rounded, tmp_path / "run")[-1]["eval_loss"]
     first, last = events(tmp_path / "run", "quantize")
     assert (first["step"], first["learned"], last["step"], last["learned"]) == (0, False, 9, True)
     assert last["eval_loss_rounded"] == evaluated
