@@ -144,7 +144,7 @@ def test_what_a_run_computes_is_what_its_export_holds(
     first, last = events(tmp_path / "run", "quantize")
     assert (first["step"], first["learned"], last["step"], last["learned"]) == (0, False, 9, True)
     assert last["eval_loss_rounded"] == evaluated
-    assert len({event[f"eval_loss_{name}"] for event in (first, last) for name in ("whole", "rounded")}) == 4
+    assert len({event[f"eval_loss_{name}"] for event in (first, last) for name in ("full", "rounded")}) == 4
     export(ExportOptions(source=tmp_path / "run", out=tmp_path / "int4", to=Format.int4))
     told = capsys.readouterr().out
     assert "one scale a group of 8 inputs" in told
@@ -238,6 +238,12 @@ INT4 = {"scheme": "int4"}
             {"prune": {}},
             "quantize.scheme=float8 divides a row by its largest magnitude, and prune may leave nothing of one; "
             "use int8 or int4, or prune=null",
+        ),
+        (
+            INT4 | {"start_step": 5},
+            {"checkpoint": {"best": "eval_loss"}, "data": {"eval_path": "text.txt"}, "train": {"eval_every": 5}},
+            "checkpoint.best=eval_loss would compare losses in full precision with rounded ones, of before and after "
+            "quantize.start_step=5; use null, or quantize.start_step=1",
         ),
         (
             INT4,
