@@ -130,7 +130,7 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"pruned {event['zeros']:.1%} ({event['method']}) before step {event['step']}: {losses}"
     if kind == "quantize":
         how = "trained for it (QAT)" if event["learned"] else "not trained for it (PTQ)"
-        losses = f"{event['eval_loss_whole']:.4f} -> {event['eval_loss_rounded']:.4f}"
+        losses = f"{event['eval_loss_full']:.4f} -> {event['eval_loss_rounded']:.4f}"
         return (
             f"{event['scheme']} after step {event['step']}, {how}: held-out loss in full precision and rounded {losses}"
         )

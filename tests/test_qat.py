@@ -29,6 +29,7 @@ from cuboid.trainer.model_folder import load_model, logits
 from cuboid.trainer.plain_quantization import PlainQuantization
 from cuboid.trainer.quantize import Quantization
 from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.recipe_lora import LoraSettings
 from cuboid.trainer.recipe_quantize import QuantizeSettings
 from cuboid.trainer.tokenizer import save_tokenizer
 
@@ -129,15 +130,21 @@ def rounded_recipe(mesh: str, held_out: Path | None = None, **settings: Any) -> 
     return recipe_on(mesh, changes=told).model_copy(update={"quantize": QuantizeSettings(**settings)})
 
 
-def test_what_a_run_computes_is_what_its_export_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On two tensor ranks; the export takes its groups from the run."""
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LoraSettings(rank=4), marks=pytest.mark.full)], ids=["whole", "lora"]
+)
+def test_what_a_run_computes_is_what_its_export_holds(
+    lora: LoraSettings | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On two tensor ranks; the export takes its groups from the run, and an adapter into its matrices."""
     text = tmp_path / "held-out.txt"
     text.write_text("Deeds will not be less valiant because they are unpraised. " * 9)
-    evaluated = run(rounded_recipe("1x1x2", text, scheme="int4", group_size=8), tmp_path / "run")[-1]["eval_loss"]
+    rounded = rounded_recipe("1x1x2", text, scheme="int4", group_size=8).model_copy(update={"lora": lora})
+    evaluated = run(rounded, tmp_path / "run")[-1]["eval_loss"]
     first, last = events(tmp_path / "run", "quantize")
     assert (first["step"], first["learned"], last["step"], last["learned"]) == (0, False, 9, True)
     assert last["eval_loss_rounded"] == evaluated
-    assert len({event[f"eval_loss_{name}"] for event in (first, last) for name in ("whole", "rounded")}) == 4
+    assert len({event[f"eval_loss_{name}"] for event in (first, last) for name in ("full", "rounded")}) == 4
     export(ExportOptions(source=tmp_path / "run", out=tmp_path / "int4", to=Format.int4))
     told = capsys.readouterr().out
     assert "one scale a group of 8 inputs" in told
@@ -231,6 +238,12 @@ INT4 = {"scheme": "int4"}
             {"prune": {}},
             "quantize.scheme=float8 divides a row by its largest magnitude, and prune may leave nothing of one; "
             "use int8 or int4, or prune=null",
+        ),
+        (
+            INT4 | {"start_step": 5},
+            {"checkpoint": {"best": "eval_loss"}, "data": {"eval_path": "text.txt"}, "train": {"eval_every": 5}},
+            "checkpoint.best=eval_loss would compare losses in full precision with rounded ones, of before and after "
+            "quantize.start_step=5; use null, or quantize.start_step=1",
         ),
         (
             INT4,

@@ -35,6 +35,10 @@ def quantize_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[FieldError]:
     if settings.start_step > recipe.train.steps:
         constraint = f"is after the last of train.steps={recipe.train.steps}"
         yield FieldError("quantize.start_step", settings.start_step, constraint, f"use at most {recipe.train.steps}")
+    if settings.start_step > 1 and recipe.checkpoint.best is not None:
+        constraint = "would compare losses in full precision with rounded ones, of before and after "
+        constraint += f"quantize.start_step={settings.start_step}"
+        yield FieldError("checkpoint.best", recipe.checkpoint.best, constraint, "use null, or quantize.start_step=1")
     if settings.scheme == "float8" and recipe.prune is not None:
         constraint = "divides a row by its largest magnitude, and prune may leave nothing of one"
         yield FieldError("quantize.scheme", "float8", constraint, "use int8 or int4, or prune=null")

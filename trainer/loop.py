@@ -148,13 +148,13 @@ def prune(run: Run, step: int, batch: Batch) -> None:
 
 
 def compare_rounding(run: Run) -> None:
-    """Where weights are rounded in training: tell the held-out loss with whole weights and with rounded ones, before
-    the first step that is computed so (what rounding after training would cost) and after the last."""
+    """Where weights are rounded in training: tell the held-out loss in full precision and rounded, before the
+    first step that is computed so (what rounding after training would cost) and after the last."""
     settings, quantization = run.recipe.quantize, run.engine.quantization
     if settings is None or quantization is None or run.held_out is None:
         return
     losses = {}
-    for name, is_on in (("eval_loss_whole", False), ("eval_loss_rounded", True)):
+    for name, is_on in (("eval_loss_full", False), ("eval_loss_rounded", True)):
         quantization.is_on = is_on
         losses[name] = evaluate(run, run.held_out).loss
     if run.block.rank == 0:
