@@ -157,9 +157,8 @@ def compare_rounding(run: Run) -> None:
     for name, is_on in (("eval_loss_full", False), ("eval_loss_rounded", True)):
         quantization.is_on = is_on
         losses[name] = evaluate(run, run.held_out).loss
-    if run.block.rank == 0:
-        learned = run.step >= settings.start_step
-        run.recorder.event("quantize", step=run.step, scheme=settings.scheme, learned=learned, **losses)
+    learned = run.step >= settings.start_step
+    run.recorder.rounded(run.step, scheme=settings.scheme, learned=learned, **losses)
 
 
 def evaluate(run: Run, held_out: Dataset | Mixture) -> Evaluation:

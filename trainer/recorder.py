@@ -154,6 +154,12 @@ class Recorder:
             self.event("evaluation", step=0, **_of_held_out(found))
         self._last = time.monotonic()
 
+    def rounded(self, step: int, **facts: Any) -> None:
+        """Tell the held-out loss in full precision and rounded, after ``step``."""
+        if self.block.rank == 0:
+            self.event("quantize", step=step, **facts)
+        self._last = time.monotonic()
+
     def stopped(self, step: int, reason: str | None) -> None:
         """Tell that the run ended in order: done, or asked to stop."""
         if self.block.rank == 0:
