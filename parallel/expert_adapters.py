@@ -52,6 +52,8 @@ def local_experts(experts: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(local_parameters(own, Partial()))
         for wrapper in wrappers:
+            if wrapper.disable_adapters:  # peft's own switch
+                continue
             (a,), (b,), (scaling,) = wrapper.lora_A.values(), wrapper.lora_B.values(), wrapper.scaling.values()
             stack.enter_context(local_parameters(a, Partial()))
             stack.enter_context(local_parameters(b, Partial()))

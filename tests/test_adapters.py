@@ -239,8 +239,8 @@ def recipe_with(lora: dict[str, Any], **changes: Any) -> Recipe:
         ("llama", {"targets": ["embed_tokens"]}, "lora.targets=embed_tokens is the embedding of this llama, whose"),
         (
             "llama",
-            {"targets": ["lm_head"], "modules_to_save": ["lm_head"]},
-            "lora.targets=lm_head is the head of this llama, trained whole too; leave it out",
+            {"targets": ["q_proj", "v_proj"], "modules_to_save": ["q_proj"]},
+            "lora.targets=q_proj gets no adapter beside lora.modules_to_save=q_proj, which trains it whole; leave it",
         ),
         ("llama", {"targets": []}, "lora.targets=[] names nothing; use all-linear, or down_proj, gate_proj"),
         ("llama", {"modules_to_save": ["mlp"]}, "lora.modules_to_save=mlp is no module with weights of its own"),
@@ -281,7 +281,7 @@ def test_a_tied_head_is_not_trained_apart() -> None:
     (error,) = target_errors(recipe_with({"modules_to_save": ["lm_head"]}), blueprint_of("llama", tied=True))
     assert "is tied in this llama" in str(error)
     (error,) = target_errors(recipe_with({"targets": ["lm_head"]}), blueprint_of("llama", tied=True))
-    assert str(error).startswith("lora.targets=lm_head is the head of this llama, tied: merged, head and embedding")
+    assert str(error).startswith("lora.targets=lm_head is the tied head of this llama: merged, it and the")
 
 
 def test_a_mistake_is_told_before_any_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

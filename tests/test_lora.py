@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from cases import Case
 from harness import run_ranks
-from parity import assert_same_numbers, compare, difference, reference
+from parity import assert_same_numbers, compare, difference, one_process, reference
 
 from cuboid.parallel import dora, tensor
+from cuboid.parallel.expert_adapters import local_experts, without_adapters
 from cuboid.parallel.tensor import Role
 
 CASES = [
@@ -73,3 +75,14 @@ def test_lengths_of_the_part_of_a_row_are_found(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dora, "_lengths", lambda *args, group: lengths(*args, group=None))
     ranks = run_ranks(compare, case.world_size, case, reference(case), timeout=120)
     assert all(min(rank.losses) > 1e-4 for rank in ranks)
+
+
+def test_adapters_of_experts_that_are_switched_off_add_nothing() -> None:
+    outer = one_process(Case(family="mixtral", lora="experts")).get_submodule("model.layers.0.mlp.experts")
+    own, inner = without_adapters(outer), outer.get_submodule("base_layer")
+    frozen = {name: own.get_parameter(name).clone() for name in ("gate_up_proj", "down_proj")}
+    for switched_off in ([], [inner, outer]):
+        for wrapper in switched_off:
+            wrapper._disable_adapters = True
+        with local_experts(outer):
+            assert all(torch.equal(getattr(own, name), frozen[name]) is bool(switched_off) for name in frozen)

@@ -78,16 +78,19 @@ def _linear_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[Fie
         yield FieldError("lora.targets", "[]", "names nothing", remedy)
     anatomy, family = blueprint.anatomy, blueprint.config.model_type
     for target in () if settings.targets == "all-linear" else settings.targets:
-        if any(f".{name}".endswith(f".{target}") for name in found):
+        if target.endswith(settings.modules_to_save):
+            constraint = f"gets no adapter beside lora.modules_to_save={target}, which trains it whole"
+            yield FieldError("lora.targets", target, constraint, "leave it out of one of them")
+        elif any(f".{name}".endswith(f".{target}") for name in found):
             continue
-        if target == anatomy.embedding:
+        elif target == anatomy.embedding:
             constraint = f"is the embedding of this {family}, whose adapter no tensor rank divides yet"
             yield FieldError("lora.targets", target, constraint, "train it whole by lora.modules_to_save")
         elif target != anatomy.head:
             yield FieldError("lora.targets", target, f"is no linear in a layer of this {family}", remedy)
-        elif anatomy.tied or target in settings.modules_to_save:
-            reason = "tied: merged, head and embedding would no longer be one" if anatomy.tied else "trained whole too"
-            yield FieldError("lora.targets", target, f"is the head of this {family}, {reason}", "leave it out")
+        elif anatomy.tied:
+            constraint = f"is the tied head of this {family}: merged, it and the embedding would no longer be one"
+            yield FieldError("lora.targets", target, constraint, "leave it out")
 
 
 def _expert_errors(settings: LoraSettings, blueprint: Blueprint) -> Iterator[FieldError]:
