@@ -1,8 +1,8 @@
-"""make finetune: what a model answers to held-out prompts, and what it answers with its adapter.
+"""make finetune: what a model answers to held-out prompts, and what it answers once it is tuned.
 
-    python recipes/compare_answers.py MODEL ADAPTER CONVERSATIONS [--number 3]
+    python recipes/compare_answers.py MODEL TUNED CONVERSATIONS [--number 3]
 
-The adapter is loaded as its users do it, by peft's `PeftModel.from_pretrained`.
+TUNED is an export of the run, a model or an adapter, loaded as its users do it, by transformers and by peft.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ def prompts(path: Path, number: int) -> list[tuple[str, str]]:
     return found[::step][:number]
 
 
+def tuned(model: Any, folder: Path) -> Any:
+    """The model of ``folder``, or ``model`` with the adapter that is there."""
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     """The most likely answer, cut after `NEW_TOKENS`."""
@@ -49,23 +58,21 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("adapter", type=Path)
+    parser.add_argument("tuned", type=Path)
     parser.add_argument("conversations", type=Path)
     parser.add_argument("--number", type=int, default=3)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)  # torchao, which peft imports, tells of kernels for GPUs
     warnings.simplefilter("ignore", FutureWarning)  # peft reads names that transformers will drop
-    from peft import PeftModel
-
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     asked = prompts(arguments.conversations, arguments.number)
     before = [answer(model, tokenizer, prompt) for prompt, _ in asked]
-    adapted = PeftModel.from_pretrained(model, arguments.adapter).eval()
+    after = tuned(model, arguments.tuned)
     for (prompt, wanted), first in zip(asked, before, strict=True):
         print(f"{'-' * 80}\n{prompt}\n")
-        for words, text in (("held out", wanted), ("before", first), ("after", answer(adapted, tokenizer, prompt))):
+        for words, text in (("held out", wanted), ("before", first), ("after", answer(after, tokenizer, prompt))):
             print(f"{words}:\n    " + text.replace("\n", "\n    "))
 
 
