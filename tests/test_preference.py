@@ -140,6 +140,7 @@ def answers_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preference.LogProbabilitiesKept, "take", lambda self: take(self).flip(0))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plant", [adapters_left_on, answers_exchanged])
 def test_a_planted_fault_is_found(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, 1, 1, lora="some", preference="sigmoid", reference="adapter")
