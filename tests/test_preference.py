@@ -144,6 +144,7 @@ def answers_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preference.LogProbabilitiesKept, "take", exchanged)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plant", [adapters_left_on, answers_exchanged])
 def test_a_planted_fault_is_found(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(2, 1, 1, lora="some", preference="sigmoid", reference="adapter")
