@@ -92,7 +92,7 @@ def pissa_factors(weight_FD: Tensor, rank: int, scaling: float) -> tuple[Tensor,
 
 
 def olora_factors(weight_FD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A = R[:r] and B = Q[:, :r] of W = Q R (Büyükakyüz 2024, "OLoRA", arXiv 2406.01775, section 3)."""
+    """A = R[:r] and B = Q[:, :r] of W = Q R (Büyükakyüz 2024, "OLoRA", arXiv 2406.01775)."""
     Q, R = torch.linalg.qr(weight_FD)
     return _signed(R[:rank], Q[:, :rank])
 
