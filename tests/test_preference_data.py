@@ -19,6 +19,7 @@ from cuboid.launch import cli
 from cuboid.parallel.errors import UserError
 from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.check_data import data_errors
+from cuboid.trainer.held_out import passage_of
 from cuboid.trainer.tokenizer import PretrainedTokenizer
 
 ASKED = said("Who?", "Me.", "And how?")
@@ -206,3 +207,12 @@ def test_pairs_are_shown_side_by_side(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names == [f"--- pair {pair}, {answer}" for pair in (1, 2) for answer in ("chosen", "rejected")]
     assert re.findall("⟦(.*?)⟧", printed, re.DOTALL) == ["Gladly.<|im_end|>", "No. Never.<|im_end|>"] * 2
     assert "training: 2 pairs, " in printed
+
+
+def test_a_finished_model_is_not_measured_on_pairs(tmp_path: Path) -> None:
+    """Their loss is one against a reference; a text that is named is read as a text."""
+    pairs = recipe(data={"kind": "preference", "path": "pairs.jsonl", "eval_path": "pairs.jsonl"}, preference={})
+    assert passage_of(pairs, None) is None
+    named = passage_of(pairs, "text.txt")
+    assert named is not None
+    assert (named.data.kind, named.data.path) == ("text", "text.txt")
