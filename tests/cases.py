@@ -128,7 +128,7 @@ class Case:
         words += [f"e{self.expert}"] * (self.expert > 1) + ["dropping"] * (self.capacity_factor is not None)
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += [self.prune] if self.prune else []
-        words += [f"taught{f'-top{self.top_k}' if self.top_k else ''}"] * (self.teacher is not None)
+        words += ["taught"] * (self.teacher is not None) + [f"top{self.top_k}"] * (self.top_k is not None)
         words += [self.hidden] if self.hidden else []
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
