@@ -164,7 +164,7 @@ class Case:
         words += ["tied"] * self.tied + ["replicated"] * (not self.shard) + ["tokens-whole"] * (not self.sequence)
         words += [self.prune] if self.prune else []
         words += [self.quantize] if self.quantize else []
-        words += [f"taught{f'-top{self.top_k}' if self.top_k else ''}"] * (self.teacher is not None)
+        words += ["taught"] * (self.teacher is not None) + [f"top{self.top_k}"] * (self.top_k is not None)
         words += [self.hidden] if self.hidden else []
         words += [f"{self.preference}-against-{Path(self.reference or 'start').name}"] if self.preference else []
         words += ["recomputed"] * (self.activation_checkpointing == "full")
