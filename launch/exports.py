@@ -73,6 +73,9 @@ def _method(options: ExportOptions) -> Method:
 
     learned = trained_rounding(options.source)
     together = learned.inputs_together if learned and learned.scheme == options.to else None
+    if learned and options.method is not None:
+        constraint = f"rounds otherwise than this run has learned (quantize.scheme={learned.scheme})"
+        raise FieldError("--method", options.method, constraint, "leave it out")
     group_size = options.group_size or together or GROUP_SIZE
     return replace(Quantization.named(options.to, group_size=group_size, head=options.head), calibration=calibration)
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from watch import Watch, Work
 from cuboid.parallel.loss import IGNORE
 from cuboid.parallel.mesh import Block, connect
 from cuboid.parallel.nf4 import values
-from cuboid.trainer.adapters import inject, with_adapters
+from cuboid.trainer.adapters import inject, with_adapters, without_adapters
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.data import Batch
 from cuboid.trainer.engine import Engine
@@ -143,12 +143,14 @@ def backward(
 
 
 def plain_preference(case: Case) -> PlainPreference | None:
-    """With a whole second model as the reference."""
+    """With a whole second model as the reference, its adapters switched off by peft."""
     recipe = case.recipe()
     if recipe.preference is None:
         return None
     if case.reference in (None, "adapter"):
-        other = one_process(replace(case, lora="none") if case.reference else case)
+        other = one_process(case)
+        if case.reference:
+            without_adapters(other)
     else:
         other = AutoModelForCausalLM.from_pretrained(case.reference)
     return PlainPreference(recipe.preference, lambda batch: logits_of(other, batch))

@@ -52,15 +52,17 @@ MORE_CELLS = [
     Case(2, 1, 1, "gpipe", prune="magnitude"),
     Case(2, 1, 1, "looped_bfs", tied=True),
     Case(2, 2, 1, "interleaved_zero_bubble"),
-    Case(2, 2, 2, "dualpipe_v"),
+    Case(2, 2, 2, "dualpipe_v", shard=False),
     Case(2, 1, 2, activation_checkpointing="full"),
     Case(2, 1, 1, frozen="leading"),
     Case(1, 2, 2, family="mixtral", expert=2, lora="experts"),
     Case(2, 1, 2, "zbv", lora="all"),
     Case(2, 1, 2, "interleaved_1f1b", prune="layers"),
     Case(1, 1, 2, lora="dora"),
+    Case(1, 2, 1, family="blocks", lora="nf4"),
     Case(2, 1, 2, "1f1b", quantize="int4"),
     ZeroCase(1, 2, 1, zero_stage=2),
+    ZeroCase(1, 2, 1, zero_stage=3),
     ZeroCase(2, 2, 1, zero_stage=1),
     Case(1, 2, 2, tied=True, top_k=70),  # more than a rank's part of the vocabulary holds
 ]

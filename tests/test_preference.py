@@ -44,11 +44,14 @@ MORE_CELLS = [
     Case(2, 2, 1, "interleaved_zero_bubble", preference="sigmoid", shard=False),
     Case(2, 2, 2, "dualpipe_v", lora="all", preference="ipo", reference="adapter"),
     Case(2, 1, 2, activation_checkpointing="full", lora="some", preference="sigmoid", reference="adapter"),
-    Case(2, 2, 1, lora="dora", preference="sigmoid", reference="adapter"),
+    Case(2, 2, 1, lora="dora", preference="sigmoid"),
     Case(2, 1, 1, frozen="leading", preference="sigmoid", reference="other"),
     Case(1, 2, 2, family="mixtral", expert=2, lora="all", preference="sigmoid", reference="adapter"),
     ZeroCase(1, 2, 1, zero_stage=2, preference="sigmoid", reference="other"),
     ZeroCase(2, 2, 1, zero_stage=1, preference="ipo"),
+    ZeroCase(1, 2, 1, zero_stage=3, preference="sigmoid"),
+    Case(1, 2, 1, family="mixtral", expert=2, lora="experts", preference="sigmoid", reference="adapter"),
+    Case(2, 1, 1, family="blocks", lora="nf4-some", preference="sigmoid", reference="adapter"),
 ]
 
 

@@ -45,8 +45,9 @@ MORE_CELLS = [
     Case(2, 1, 2, "zbv", sequence=False, lora="all", quantize="8da4w"),
     Case(2, 1, 2, "1f1b", "gemma2", quantize="float8"),
     Case(1, 2, 2, family="mixtral", expert=2, quantize="int4-later"),
-    Case(1, 2, 2, prune="magnitude", quantize="int4"),
+    Case(1, 2, 2, shard=False, prune="magnitude", quantize="int4"),
     ZeroCase(2, 2, 1, zero_stage=1, quantize="int4"),
+    ZeroCase(1, 2, 1, zero_stage=2, quantize="int4"),
     ZeroCase(1, 2, 1, zero_stage=3, quantize="int8"),
 ]
 FULL = [pytest.param(case, marks=pytest.mark.full) for case in MORE_CELLS]
@@ -264,6 +265,21 @@ def test_what_cannot_be_rounded_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text")
     assert complaints(recipe(quantize=quantize, **others)) == [told]
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ({"lora": {"base": "nf4"}}, "lora.base=nf4 is rounded once already"),
+        ({"prune": {"method": "channels"}}, "prune.method=channels leaves out inputs that share scales with others"),
+    ],
+)
+def test_what_is_not_proven_beside_it_is_refused(
+    others: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some text")
+    assert any(line.startswith(told) for line in complaints(recipe(quantize=INT4, **others)))
 
 
 def test_a_model_without_linears_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

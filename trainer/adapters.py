@@ -205,6 +205,12 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return peft.PeftModel.from_pretrained(model, folder)
 
 
+def without_adapters(model: nn.Module) -> None:
+    """Have a whole model compute as if it had none from now on."""
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        layer.enable_adapters(False)
+
+
 @contextmanager
 def switched_off(models: Iterable[nn.Module]) -> Iterator[None]:
     """Within: the models compute without their adapters. peft's own `enable_adapters` would also change what is

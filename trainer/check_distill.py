@@ -54,6 +54,9 @@ def teacher_errors(recipe: Recipe, student: PretrainedConfig, teacher: Pretraine
     if teacher.vocab_size != student.vocab_size:
         constraint = f"has vocab_size={teacher.vocab_size}, and the model that is trained {student.vocab_size}"
         yield FieldError("distill.teacher", name, constraint, "use a teacher with the same vocabulary")
+    if recipe.distill.hidden and recipe.prune is not None and recipe.prune.method == "layers":
+        constraint = "compares each layer with one of the teacher's, and prune.method=layers takes some away"
+        yield FieldError("distill.hidden", recipe.distill.hidden, constraint, "use 0, or another prune.method")
     if recipe.distill.hidden:
         yield from _hidden_errors(recipe.distill, student, teacher)
     top_k, vocabulary = recipe.distill.top_k, student.vocab_size

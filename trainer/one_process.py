@@ -211,14 +211,16 @@ def _states(model: nn.Module, blueprint: Blueprint) -> list[Tensor]:
 
 
 def _preferring(recipe: Recipe) -> PlainPreference | None:
-    """With the reference as a whole model of its own, without adapters where they are switched off on the mesh."""
+    """With the reference as a whole model of its own; its adapters are off where they are on the mesh, by peft."""
     if (settings := recipe.preference) is None:
         return None
     own = reference_recipe(recipe)
-    if settings.reference == ADAPTER:
-        own = own.model_copy(update={"lora": None})
     blueprint = undropped_blueprint(own)
     reference = whole_with_values(own, blueprint).to(blueprint.compute).eval().requires_grad_(False)
+    if settings.reference == ADAPTER:
+        from cuboid.trainer.adapters import without_adapters
+
+        without_adapters(reference)
     return PlainPreference(settings, lambda batch: _logits(reference, blueprint, batch))
 
 
