@@ -201,7 +201,7 @@ def test_the_command_is_told_as_it_can_be_typed_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.full)])
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=[pytest.mark.full, pytest.mark.alone])])
 def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path, launcher):
     """Ends as a run that nobody disturbed, to the last bit; and the commands that it prints do what they say."""
     stages = ["parallel.pipeline=2", "parallel.microbatches=2", "train.steps=120", "checkpoint.every=4"]

@@ -16,7 +16,8 @@ from cuboid.launch.ray_group import crash_words
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.runlog import read_metrics
 
-pytestmark = pytest.mark.timeout(240)
+# alone, since the parts of a cluster that starts miss one another where another start has all cores
+pytestmark = [pytest.mark.timeout(240), pytest.mark.alone]
 
 
 def listening(processes: Iterable[psutil.Process]) -> set[str]:

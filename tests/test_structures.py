@@ -171,7 +171,7 @@ def pruned_model(family: str, method: str) -> tuple[Any, dict[str, Any]]:
 OF_EACH_FAMILY = {
     name
     for name, config in FAMILIES.items()
-    if config["model_type"] in structures.FAMILIES and name not in ("large", "smollm2")
+    if config["model_type"] in structures.FAMILIES and name not in ("blocks", "large", "smollm2")
 }
 
 
