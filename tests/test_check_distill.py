@@ -140,3 +140,8 @@ def test_a_student_that_does_not_fit_on_its_teachers_mesh_may_be_taught():
 def test_a_teacher_that_is_not_there():
     (line,) = complaints(recipe(distill={"teacher": "./nowhere"}))
     assert line.startswith("distill.teacher=./nowhere")
+
+
+def test_a_layer_that_goes_is_not_compared_with_the_teachers() -> None:
+    found = complaints(recipe(distill=teacher() | {"hidden": 0.5}, prune={"method": "layers"}))
+    assert any(line.startswith("distill.hidden=0.5 compares each layer with one of the teacher's") for line in found)

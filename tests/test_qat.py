@@ -17,9 +17,10 @@ from stores import make_model
 from test_check import complaints, recipe
 from torch.distributed.tensor import Replicate
 
-from cuboid.launch.export_options import ExportOptions, Format
+from cuboid.launch.export_options import ExportOptions, Format, Way
 from cuboid.launch.exports import export
 from cuboid.parallel import quantization
+from cuboid.parallel.errors import FieldError
 from cuboid.parallel.layout import Layout
 from cuboid.parallel.mesh import connect
 from cuboid.parallel.quantization import FakeQuantization
@@ -153,6 +154,8 @@ def test_what_a_run_computes_is_what_its_export_holds(
     passage = passage_at(str(text), field="--data", config=load_model(tmp_path / "int4").config, length=32)
     exact = measure(load_model(tmp_path / "int4"), passage, tmp_path / "int4")
     assert exact.loss == pytest.approx(evaluated, rel=1e-6)
+    with pytest.raises(FieldError, match=r"--method=gptq rounds otherwise than this run has learned"):
+        export(ExportOptions(source=tmp_path / "run", out=tmp_path / "gptq", to=Format.int4, method=Way.gptq))
     for to, words in ((Format.int8_int4, "what they read is rounded to int8"), (Format.float8, "float8: 28 matrices")):
         export(
             ExportOptions(
