@@ -12,7 +12,7 @@ WORKERS ?= 2
 SIDE_BY_SIDE = -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 docstrings finetune test test-full test-disk lint format types typing docs
+.PHONY: help install quickstart smollm2 docstrings finetune test test-full test-disk test-slurm lint format types typing docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -49,13 +49,16 @@ finetune: smollm2 docstrings ## adapters for SmolLM2-135M on docstrings, and its
 	$(BIN)/python recipes/compare_answers.py models/smollm2 runs/finetune/adapter data/docstrings/heldout.jsonl
 
 test: install ## a pairwise cover of everything, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not full and not disk" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not full and not disk and not slurm" $(ARGS)
 
 test-full: install smollm2 ## every cell, under 40 minutes on 2 cores
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not disk" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not disk and not slurm" $(ARGS)
 
 test-disk: install ## optimizer state on a disk, which needs g++, ninja and libaio's headers
 	$(BIN)/python -m pytest -m disk $(ARGS)
+
+test-slurm: install ## jobs of a real Slurm, which needs munge, slurmctld, slurmd and slurm-client; 5 minutes
+	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 lint: install ## ruff, its formatter, and spelling
 	$(BIN)/ruff check

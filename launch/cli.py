@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from cuboid.launch.export_options import ExportOptions, takes
+from cuboid.launch.slurm_options import SlurmOptions
 
 _EXTRAS = {
     "datasets": "data",
@@ -45,6 +46,7 @@ class Launcher(StrEnum):
 
     ray = "ray"
     local = "local"
+    slurm = "slurm"
 
 
 class Shrink(StrEnum):
@@ -264,6 +266,16 @@ def verify_checkpoint(path: Annotated[Path, typer.Argument(help="A checkpoint, o
 
         sound = print_verification(path)
     raise typer.Exit(0 if sound else 1)
+
+
+@app.command()
+@takes(SlurmOptions)
+def slurm(options: SlurmOptions) -> None:
+    """Write a Slurm job for a recipe: it saves before its time is up, goes back into the queue, and goes on."""
+    with told():
+        from cuboid.launch.slurm import slurm
+
+        slurm(options)
 
 
 @app.command()

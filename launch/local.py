@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -47,24 +47,10 @@ def launch(recipe: Recipe, folder: Path, *, train: Train | None = None, quiet: b
 
 
 def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:
-    # Read by OpenMP when torch is loaded, which is before the fork.
-    os.environ["OMP_NUM_THREADS"] = worker.threads(recipe.layout.world_size)
-    # Else merely asking whether there is a GPU would bar the forked ranks from using it.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    log = RunLog(folder)
-    train = train or worker.training_loop()
-    log.event("phase", name="imports")
-    gc.freeze()  # what is imported stays shared with the ranks: no collection writes into its pages
+    train = shared_imports(folder, recipe.layout.world_size, train)
     judge = Judge(folder, max_failures=recipe.launch.max_failures, world_size=recipe.layout.world_size)
     while True:
-        ranks = _start(recipe, folder, train)
-        log.event("phase", name="workers")
-        here = socket.gethostname()
-        log.event(
-            "workers", ranks={str(rank): {"host": here, "pid": process.pid} for rank, process in enumerate(ranks)}
-        )
-        failed = _wait(ranks)
-        _end(ranks)
+        failed = run_ranks(places(recipe.layout.world_size), recipe, folder, train)
         if not failed:
             return Ending(code=0)
         ending = judge.verdict(failed)
@@ -72,19 +58,43 @@ def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:
             return ending
 
 
-def _start(recipe: Recipe, folder: Path, train: Train) -> list[ForkProcess]:
-    size, port, plain = recipe.layout.world_size, worker.free_port(), recipe.model_dump()
-    places = [
+def shared_imports(folder: Path, local_size: int, train: Train | None = None) -> Train:
+    """What this machine's ranks run, loaded once for all that are forked from this process."""
+    # Read by OpenMP when torch is loaded, which is before the fork.
+    os.environ["OMP_NUM_THREADS"] = worker.threads(local_size)
+    # Else merely asking whether there is a GPU would bar the forked ranks from using it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    train = train or worker.training_loop()
+    RunLog(folder).event("phase", name="imports")
+    gc.freeze()  # what is imported stays shared with the ranks: no collection writes into its pages
+    return train
+
+
+def places(size: int) -> list[Place]:
+    """Of ranks that all run on this machine."""
+    port = worker.free_port()
+    return [
         Place(rank=rank, world_size=size, local_rank=rank, local_size=size, host="127.0.0.1", port=port)
         for rank in range(size)
     ]
-    context = get_context("fork")
-    ranks = [
-        context.Process(target=_rank, args=(place, plain, folder, train), name=f"rank-{place.rank}") for place in places
-    ]
-    for process in ranks:
+
+
+def run_ranks(places: Sequence[Place], recipe: Recipe, folder: Path, train: Train) -> list[Failure]:
+    """Fork this machine's ranks and wait until all have ended; what went wrong, as far as this process sees it. None of
+    them is left afterwards."""
+    context, plain, log = get_context("fork"), recipe.model_dump(), RunLog(folder)
+    ranks = {
+        place.rank: context.Process(target=_rank, args=(place, plain, folder, train), name=f"rank-{place.rank}")
+        for place in places
+    }
+    for process in ranks.values():
         process.start()
-    return ranks
+    log.event("phase", name="workers")
+    here = socket.gethostname()
+    log.event("workers", ranks={str(rank): {"host": here, "pid": process.pid} for rank, process in ranks.items()})
+    failed = _wait(ranks)
+    _end(ranks.values())
+    return failed
 
 
 def _rank(place: Place, recipe: dict[str, object], folder: Path, train: Train) -> None:
@@ -95,11 +105,11 @@ def _rank(place: Place, recipe: dict[str, object], folder: Path, train: Train) -
     worker.run(recipe, str(folder), train=train)
 
 
-def _wait(ranks: Sequence[ForkProcess]) -> list[Failure]:
+def _wait(ranks: Mapping[int, ForkProcess]) -> list[Failure]:
     """Until all have ended well, or one has failed and the others had the time to say what they saw."""
     deadline: float | None = None
     found: dict[int, Failure] = {}
-    running = dict(enumerate(ranks))
+    running = dict(ranks)
     while running:
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not wait([process.sentinel for process in running.values()], timeout=patience):
@@ -129,7 +139,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _end(ranks: Sequence[ForkProcess]) -> None:
+def _end(ranks: Collection[ForkProcess]) -> None:
     """No rank of this attempt is left. Killed, not asked: a rank within a collective does not listen."""
     for process in ranks:
         if process.is_alive():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cuboid.parallel.errors import UserError
+from cuboid.parallel.errors import UserError, one_of
+from cuboid.parallel.layout import Layout
 
 
 def rank_bundle(nodes: Sequence[Mapping[str, float]], ranks: int, *, tensor: int, gpu: bool) -> dict[str, float] | None:
@@ -55,6 +56,20 @@ def rank_order(nodes: Sequence[object], tensor: int) -> list[int]:
     for rank, index in enumerate(index for workers in by_node.values() for index in workers):
         ranks[index] = rank
     return ranks
+
+
+def ranks_per_node(layout: Layout, num_nodes: int) -> int:
+    """How many ranks each of equal nodes takes, so that tensor ranks share one.
+
+    Raises:
+        UserError: they cannot be shared out evenly; with the numbers of nodes that would do.
+    """
+    ranks, tensor = layout.world_size, layout.tensor
+    fitting = [number for number in range(1, ranks + 1) if ranks % (number * tensor) == 0]
+    if num_nodes not in fitting:
+        constraint = f"{ranks} ranks, of which {tensor} (parallel.tensor) stay together, do not divide by that"
+        raise UserError(f"{num_nodes} nodes: {constraint}; use {one_of(fitting)}")
+    return ranks // num_nodes
 
 
 def told_resources(nodes: Sequence[Mapping[str, float]]) -> str:

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
-from cuboid.launch.failures import STOPPED, Ending, shown, step_in_work
+from cuboid.launch.failures import STOPPED, Ending, shown, step_in_work, stop_reason
 from cuboid.launch.progress import Screen
 from cuboid.launch.worker import send_output_to
 from cuboid.parallel.errors import RunFailed, UserError
@@ -98,7 +98,7 @@ def _watch(
         if len(received) > obeyed:
             obeyed = len(received)
             no_step_is_lost = screen.steps_done == 0
-            if no_step_is_lost or received.count(signal.SIGINT) > 1 or not _ask_to_stop(log.folder, received):
+            if no_step_is_lost or received.count(signal.SIGINT) > 1 or not ask_to_stop(log.folder, _reason(received)):
                 return Ending(code=STOPPED[_reason(received)], words="stopped at once")
             checkpoint = ", with a checkpoint" if saves else ""
             screen.say(f"stopping after this step{checkpoint}; Ctrl-C again stops at once")
@@ -117,11 +117,11 @@ def _reason(received: list[int]) -> str:
     return "interrupt" if received[0] == signal.SIGINT else "signal"
 
 
-def _ask_to_stop(folder: Path, received: list[int]) -> bool:
+def ask_to_stop(folder: Path, reason: str) -> bool:
     """Whether the ranks could be asked; a full disk takes no request, and no checkpoint either."""
     new = folder / f".{STOP_FILE}.{os.getpid()}"
     try:
-        new.write_text(_reason(received))
+        new.write_text(reason)
         os.replace(new, folder / STOP_FILE)
     except OSError:
         return False
@@ -129,12 +129,14 @@ def _ask_to_stop(folder: Path, received: list[int]) -> bool:
 
 
 def _as_asked(ending: Ending, received: list[int], folder: Path, steps: int) -> Ending:
-    """Ranks that were asked to stop end well; unless that was the last step anyway, the exit code tells."""
+    """Ranks that were asked to stop end well; unless that was the last step anyway, the exit code tells. A job system
+    may have asked on another node alone."""
+    reason = _reason(received) if received else stop_reason(folder)
     (folder / STOP_FILE).unlink(missing_ok=True)
     done = step_in_work(folder) - 1
-    if ending.code or not received or done >= steps:
+    if ending.code or not reason or done >= steps:
         return ending
-    return Ending(code=STOPPED[_reason(received)], words=f"stopped after step {done} of {steps}")
+    return Ending(code=STOPPED[reason], words=f"stopped after step {done} of {steps}")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def train(name: str, overrides: Sequence[str], *, resume: bool | None) -> int:
             code = _launch(recipe, folder)
         if code == 0:
             print("\n".join(closing_lines(recipe, folder)))
-        elif code in STOPPED.values():
+        elif code in STOPPED.values() and recipe.launch.launcher != "slurm":  # its batch script says or does it
             print(f"go on with: {this_command()} {shlex.join(['train', name, *overrides])}")
     return code
 
@@ -107,6 +107,10 @@ def _launch(recipe: Recipe, folder: Path) -> int:
         from cuboid.launch import local
 
         return local.launch(recipe, folder)
+    if recipe.launch.launcher == "slurm":
+        from cuboid.launch import slurm_step
+
+        return slurm_step.launch(recipe, folder)
     from cuboid.launch import ray_cluster
 
     return ray_cluster.launch(recipe, folder)

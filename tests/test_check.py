@@ -304,7 +304,7 @@ def test_ranks_that_run_elsewhere(tmp_path):
     assert line.endswith("use an absolute path that every node sees")
     # the cluster's own room is looked at by the launcher
     check(recipe(launch=cluster, runs=str(tmp_path), parallel={"data": 512}, train={"global_batch": 512}), None)
-    with pytest.raises(UserError, match=r"parallel.data=auto cannot be settled before the Ray cluster is reached"):
+    with pytest.raises(UserError, match=r"parallel.data=auto cannot be settled before the cluster is reached"):
         resolve_devices(recipe(launch=cluster, parallel={"data": "auto"}), None)
 
 

@@ -81,7 +81,7 @@ def test_ci_runs_what_the_readme_names() -> None:
     assert named <= set(targets)
     assert "smollm2" in targets["test-full"].split()  # a command of the README reads that model
     run_by_ci = re.findall(r"^within \S+ make ([a-z0-9-]+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert {"install", "lint", "types", "smollm2", "test", "test-full", "test-disk"} == set(run_by_ci)
+    assert {"install", "lint", "types", "smollm2", "test", "test-full", "test-disk", "test-slurm"} == set(run_by_ci)
     assert named <= {*run_by_ci, "quickstart"}  # which a test below runs
 
 

@@ -76,9 +76,10 @@ def num_cores() -> int:
 
 
 def runs_elsewhere(settings: LaunchSettings) -> bool:
-    """Whether the ranks start on a Ray cluster that is already there: a given one, or the one of a submitted job."""
+    """Whether the ranks start on other machines: those of a Slurm job, or of a Ray cluster that is already there, a
+    given one or the one of a submitted job."""
     given = settings.address is not None or "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return settings.launcher == "ray" and given
+    return settings.launcher == "slurm" or (settings.launcher == "ray" and given)
 
 
 def resolve_devices(recipe: Recipe, devices: Devices | None) -> Recipe:
@@ -89,7 +90,7 @@ def resolve_devices(recipe: Recipe, devices: Devices | None) -> Recipe:
     parallel, inner = recipe.parallel, recipe.parallel.pipeline * recipe.parallel.tensor
     if devices is None:
         if parallel.data == "auto":
-            constraint = "cannot be settled before the Ray cluster is reached"
+            constraint = "cannot be settled before the cluster is reached"
             raise FieldError("parallel.data", "auto", constraint, "give a number of ranks")
         return recipe
     if parallel.data == "auto":

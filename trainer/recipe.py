@@ -299,8 +299,9 @@ class TrackSettings(Settings):
 class LaunchSettings(Settings):
     """What starts the ranks and what happens when one dies."""
 
-    launcher: Literal["ray", "local"] = "ray"
-    """ray: Ray Train on a local or given cluster; local: processes of this command, without Ray."""
+    launcher: Literal["ray", "local", "slurm"] = "ray"
+    """ray: Ray Train on a local or given cluster; local: processes of this command, without Ray; slurm: on all nodes of
+    the Slurm job that the command runs in, without Ray (`cuboid slurm` writes such a job)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where there are any, one for each rank; else cores of the CPU, which ranks may outnumber."""
     address: Text | None = None

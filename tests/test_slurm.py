@@ -1,0 +1,216 @@
+"""`cuboid slurm` with a real Slurm: whatever ends a job, the run goes on with no step lost, to the same last bit."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import runs
+import slurm_cluster
+import standin
+from slurm_cluster import Cluster
+
+from cuboid.launch import slurm_step
+from cuboid.launch.failures import newest_step
+from cuboid.parallel.errors import UserError
+from cuboid.trainer.recipe_file import dump_recipe
+from cuboid.trainer.runlog import STOP_FILE, read_metrics
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+STEPS, EVERY = 240, 20
+RECIPE = runs.recipe_on("2x2x1", changes={"train": {"steps": STEPS}, "checkpoint": {"every": EVERY, "keep": 3}})
+PATIENCE = 240.0
+"""Seconds for a job to start again and train: on an idle machine it takes 20."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="cuboid-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with slurm_cluster.cluster(Path(folder)) as running:
+            yield running
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, undisturbed and without Slurm."""
+    folder = tmp_path_factory.mktemp("calm")
+    runs.run(RECIPE, folder)
+    return folder
+
+
+class Job:
+    """A recipe's job: submitted, watched, and compared."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *options: str) -> None:
+        self.cluster = cluster
+        recipe = RECIPE.model_copy(update={"runs": str(folder)})
+        self.folder, self.script = folder / recipe.name, folder / f"{recipe.name}.sbatch"
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        words = ["slurm", "recipe.yaml", "--nodes", "2", "--cpus-per-node", "4", "--submit", *options]
+        command = [sys.executable, "-m", "cuboid.launch.cli", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        self.id = re.search(r"Submitted batch job (\d+)", done.stdout)[1]
+
+    def submit_again(self) -> None:
+        self.id = self.cluster.ask("sbatch", "--parsable", str(self.script)).strip()
+
+    def printed(self) -> str:
+        return self.script.with_name(f"{self.script.stem}-{self.id}.txt").read_text()
+
+    def starts(self) -> list[int]:
+        """The step after which each attempt went on."""
+        return [event["step"] for event in standin.events(self.folder, "start")]
+
+    def trains(self, attempt: int, *, until_saved: bool = False) -> None:
+        """Wait until that attempt has done a step, or saved one as its interval says."""
+
+        def holds() -> bool:
+            if len(self.starts()) < attempt:
+                return False
+            done = newest_step(self.folder) if until_saved else read_metrics(self.folder)[-1]["step"]
+            return done > self.starts()[-1]
+
+        self.wait(holds)
+
+    def wait_for(self, state: str) -> None:
+        self.wait(lambda: self.cluster.state(self.id) == state)
+
+    def wait(self, holds) -> None:
+        try:
+            self.cluster.wait(holds, seconds=PATIENCE)
+        except AssertionError as error:
+            raise AssertionError(f"{self.printed()}\nlauncher: {self.launcher_log()}\n{error}") from None
+
+    def launcher_log(self) -> str:
+        return (self.folder / "logs/launcher.txt").read_text()
+
+    def rank(self, rank: int) -> psutil.Process:
+        return psutil.Process(standin.ranks_of(self.folder)[rank])
+
+    def is_like(self, calm: Path) -> None:
+        """Done, to the same last bit, each step recorded once, and nobody left behind."""
+        assert runs.losses(self.folder) == runs.losses(calm)
+        assert runs.shards(self.folder, STEPS) == runs.shards(calm, STEPS)
+        assert newest_step(self.folder) == STEPS
+        left = [process for process in psutil.process_iter() if standin.is_alive(process) and self.owns(process)]
+        assert not left
+
+    def owns(self, process: psutil.Process) -> bool:
+        try:
+            return any(str(self.folder.parent) in word for word in process.cmdline())
+        except psutil.NoSuchProcess:
+            return False
+
+
+def test_no_signal_costs_a_step(cluster: Cluster, calm: Path, tmp_path: Path) -> None:
+    """Before the time limit, to one rank, twice, by preemption and scancel; back in the queue as often as allowed."""
+    job = Job(cluster, tmp_path, "--time", "30", "--save-seconds", "90", "--max-requeues", "4")
+    job.trains(1)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.id)  # as Slurm sends it before the time limit
+
+    job.trains(2)
+    job.rank(3).send_signal(signal.SIGUSR1)
+
+    job.trains(3)
+    urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--parsable"]
+    other = cluster.ask("sbatch", *urgent, "--wrap=true").strip()
+    job.wait(lambda: cluster.state(other) == "COMPLETED")
+
+    job.trains(4)
+    slow = job.rank(0)
+    slow.suspend()  # a step that lasts until Slurm has looked at its clock, every 30 seconds
+    minutes = math.ceil((slurm_seconds(cluster.job(job.id)["RunTime"]) + 60) / 60)
+    cluster.ask("scontrol", "update", f"jobid={job.id}", f"timelimit={minutes}")
+    job.wait((job.folder / STOP_FILE).exists)
+    slow.resume()
+    job.wait_for("PENDING")
+    cluster.ask("scontrol", "update", f"jobid={job.id}", "timelimit=30")
+
+    job.trains(5)
+    for _ in range(2):
+        cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for("FAILED")  # the cap
+    assert cluster.job(job.id)["ExitCode"] == "85:0"
+    assert cluster.job(job.id)["Restarts"] == "4"
+    assert job.printed().endswith(f"goes on with: sbatch {job.script.name}\n")
+
+    job.submit_again()
+    job.trains(6)
+    cluster.ask("scancel", job.id)
+    job.wait_for("CANCELLED")
+
+    job.submit_again()
+    job.wait_for("COMPLETED")
+    stops = [event["step"] for event in standin.events(job.folder, "stop")]
+    assert len(stops) == 7
+    assert job.starts() == [0, *stops[:-1]]  # none lost, none repeated
+    job.is_like(calm)
+
+
+def slurm_seconds(clock: str) -> int:
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return (hours * 60 + minutes) * 60 + seconds
+
+
+def test_a_lost_rank_and_a_lost_node_cost_an_interval_at_most(cluster: Cluster, calm: Path, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path)
+    job.trains(1, until_saved=True)
+    job.rank(2).kill()
+    job.trains(2, until_saved=True)
+    (failure,) = standin.events(job.folder, "failure")
+    assert (failure["rank"], failure["cause"]) == (2, "was killed by SIGKILL")
+    assert failure["step"] - 1 - job.starts()[1] <= EVERY
+
+    agent = job.rank(2).parent()
+    agent.kill()
+    job.trains(3, until_saved=True)
+    failure = standin.events(job.folder, "failure")[-1]
+    assert (failure["rank"], failure["cause"]) == (2, "was lost with its node n2")
+
+    cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    job.wait_for("PENDING")
+    reached = read_metrics(job.folder)[-1]["step"]
+    cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
+    job.wait_for("COMPLETED")
+    assert cluster.job(job.id)["Restarts"] == "1"
+    assert reached - job.starts()[3] <= EVERY
+    job.is_like(calm)
+
+
+def test_a_node_that_does_not_begin_or_see_the_folder_is_named(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["salloc", "--no-shell", "--nodes=2", "--job-name=held"], check=True, capture_output=True)
+    job = cluster.ask("squeue", "--noheader", "--format=%i", "--name=held").strip()
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    nodes = slurm_step.job_nodes()
+    assert nodes == list(slurm_cluster.NODES)
+    with pytest.raises(
+        UserError, match=r"node n[12] does not see the run's folder .*; give `runs` as an absolute path"
+    ):
+        slurm_step.run_step(tmp_path / "elsewhere", nodes, 1)
+    assert not (tmp_path / "elsewhere").exists()
+
+    runs_here = tmp_path / "run"
+    runs_here.mkdir()
+    (runs_here / "recipe.yaml").write_text(dump_recipe(RECIPE))
+    monkeypatch.setattr(slurm_step, "_START_SECONDS", 6.0)
+    os.kill(cluster.daemons["n2"].pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(slurm_step.NodesMissing, match=r"^node n2 did not begin within 6 s \(.*launcher.txt\)$"):
+            slurm_step.run_step(runs_here, nodes, 2)
+    finally:
+        os.kill(cluster.daemons["n2"].pid, signal.SIGCONT)
+    cluster.ask("scancel", job)

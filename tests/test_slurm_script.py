@@ -1,0 +1,119 @@
+"""The script that `cuboid slurm` writes, and the requests that it refuses; the script at work: tests/test_slurm.py."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import runs
+import transformers  # noqa: F401  (its log handler keeps the stream that it finds first; not the runner's)
+from typer.testing import CliRunner
+
+from cuboid.launch import cli, slurm
+from cuboid.launch.placement import ranks_per_node
+from cuboid.launch.slurm_options import SlurmOptions
+from cuboid.parallel.errors import UserError
+from cuboid.parallel.layout import Layout
+from cuboid.trainer.recipe_file import dump_recipe, load_recipe
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = runs.recipe_on("2x2x2").model_copy(update={"runs": str(tmp_path / "my runs")})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+
+
+def cuboid_slurm(*options: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(cli.app, ["slurm", "recipe.yaml", *options])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exc_info
+    return done.exit_code, done.stdout, re.sub(r"[\s│]+", " ", done.stderr)
+
+
+def test_the_script_asks_for_what_was_asked(tmp_path: Path) -> None:
+    code, out, _ = cuboid_slurm(
+        "--nodes", "2", "--cpus-per-node", "16", "--time", "1-12", "--partition", "main", "seed=5"
+    )
+    assert code == 0
+    assert out == "wrote my runs/resume.sbatch\nsubmit it with: sbatch 'my runs/resume.sbatch'\n"
+    script = tmp_path / "my runs/resume.sbatch"
+    text = script.read_text()
+    asked = re.findall(r"^#SBATCH --(.*)$", text, re.MULTILINE)
+    assert asked == [
+        "job-name=resume",
+        "nodes=2",
+        "ntasks-per-node=1",
+        "cpus-per-task=16",
+        "time=1-12",
+        "partition=main",
+        f"output='{tmp_path}/my runs/resume-%j.txt'",
+        "open-mode=append",
+        "requeue",
+        "signal=B:USR1@120",
+    ]
+    assert " train recipe.yaml seed=5 launch.launcher=slurm launch.device=cpu &\n" in text
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_the_page_shows_the_script_that_is_written(tmp_path: Path) -> None:
+    runs_folder = "/proc/none"  # nothing is written there: the script is only rendered
+    overrides = ["launch.launcher=slurm", "launch.device=cuda"]
+    recipe = load_recipe("quickstart", [f"runs={runs_folder}", *overrides])
+    options = SlurmOptions(
+        recipe="quickstart", overrides=[f"runs={runs_folder}"], nodes=2, gpus_per_node=4, time="12:00:00"
+    )
+    text = slurm.script(recipe, Path(runs_folder, "quickstart.sbatch"), options).replace(runs_folder, "/shared/runs")
+    page = (Path(__file__).parents[1] / "docs/slurm.md").read_text()
+    shown = page.partition("```bash\n")[2].partition("```")[0]
+    by_place = re.compile(r"^(# quickstart, by cuboid |cd |\S.* train ).*$", re.MULTILINE)
+    assert by_place.sub("", shown) == by_place.sub("", text)
+    (command,) = re.findall(r" train .*", shown)
+    assert f"{command}\n" in text
+
+
+def test_whole_nodes_unless_it_is_said_how_many_cpus(tmp_path: Path) -> None:
+    assert cuboid_slurm("--nodes", "4", "--account", "us", "--qos", "high")[0] == 0
+    text = (tmp_path / "my runs/resume.sbatch").read_text()
+    assert {"exclusive", "account=us", "qos=high"} <= set(re.findall(r"^#SBATCH --(.*)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--nodes", "3"], "3 nodes: 8 ranks, of which 2 (parallel.tensor) stay together, do not divide by that;"),
+        (["--nodes", "8"], "use 1, 2 or 4"),
+        (["--nodes", "2", "--gpus-per-node", "8"], "16 GPUs for 8 ranks; use --gpus-per-node 4, or another"),
+        (["--nodes", "2", "--time", "soon"], "--time soon is no time; use minutes, hours:minutes:seconds or days-"),
+        (["--nodes", "2", "--time", "3"], "--time 3 leaves no time to train before --save-seconds 120 and"),
+        (["--nodes", "2", "parallel.data=auto"], "parallel.data=auto cannot be settled before the cluster is reached"),
+        (["--nodes", "2", "runs=here"], "runs=here is relative"),
+        (["--nodes", "0"], "Invalid value for '--nodes'"),
+        ([], "Missing option '--nodes'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_for_is_told_before_a_script_is_written(tmp_path: Path, options, words) -> None:
+    code, _, err = cuboid_slurm(*options)
+    assert (code, words in err) == (2, True), err
+    assert not list(tmp_path.glob("**/*.sbatch"))
+
+
+def test_there_is_no_sbatch_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, out, err = cuboid_slurm("--nodes", "1", "--submit")
+    assert (code, "there is no sbatch here; run it on the cluster's login node" in err) == (2, True)
+    assert out == "wrote my runs/resume.sbatch\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("5:30", 330), ("1:05:30", 3930), ("2-3", 183600), ("2-3:30", 185400), ("1-0:0:7", 86407)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int) -> None:
+    assert slurm._seconds(limit) == seconds
+
+
+def test_nodes_share_the_ranks_evenly() -> None:
+    layout = Layout(pipeline=2, data=3, tensor=2)
+    assert [ranks_per_node(layout, nodes) for nodes in (1, 2, 3, 6)] == [12, 6, 4, 2]
+    with pytest.raises(UserError, match=r"^4 nodes: .* use 1, 2, 3 or 6$"):
+        ranks_per_node(layout, 4)
