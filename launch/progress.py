@@ -129,11 +129,7 @@ def told(event: Mapping[str, Any]) -> str | None:
         losses = f"held-out loss {event['eval_loss_before']:.4f} -> {event['eval_loss_after']:.4f}"
         return f"pruned {event['zeros']:.1%} ({event['method']}) before step {event['step']}: {losses}"
     if kind == "quantize":
-        how = "trained for it (QAT)" if event["learned"] else "not trained for it (PTQ)"
-        losses = f"{event['eval_loss_full']:.4f} -> {event['eval_loss_rounded']:.4f}"
-        return (
-            f"{event['scheme']} after step {event['step']}, {how}: held-out loss in full precision and rounded {losses}"
-        )
+        return _rounded_words(event)
     if kind == "adapter":
         return _adapter_words(event)
     if kind == "checkpoint_refused":
@@ -141,6 +137,17 @@ def told(event: Mapping[str, Any]) -> str | None:
     if kind.endswith("_failed") or kind == "checkpoint_not_removed":
         return f"{kind.replace('_', ' ')}: {event.get('cause')}"
     return None
+
+
+def _rounded_words(event: Mapping[str, Any]) -> str:
+    """int4, held-out loss: 2.6770 in full precision, 2.9249 rounded (PTQ), both after step 29; ..."""
+    parts = []
+    if untrained := event["after_training"] if event["learned"] else event:
+        full, rounded = untrained["eval_loss_full"], untrained["eval_loss_rounded"]
+        parts += [f"{full:.4f} in full precision, {rounded:.4f} rounded (PTQ), both after step {untrained['step']}"]
+    if event["learned"]:
+        parts += [f"{event['eval_loss_rounded']:.4f} trained with rounding (QAT), after step {event['step']}"]
+    return f"{event['scheme']}, held-out loss: {'; '.join(parts)}"
 
 
 def _adapter_words(event: Mapping[str, Any]) -> str:

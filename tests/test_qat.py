@@ -17,6 +17,7 @@ from stores import make_model
 from test_check import complaints, recipe
 from torch.distributed.tensor import Replicate
 
+from cuboid.launch import progress
 from cuboid.launch.export_options import ExportOptions, Format, Way
 from cuboid.launch.exports import export
 from cuboid.parallel import quantization
@@ -146,6 +147,11 @@ def test_what_a_run_computes_is_what_its_export_holds(
     first, last = events(tmp_path / "run", "quantize")
     assert (first["step"], first["learned"], last["step"], last["learned"]) == (0, False, 9, True)
     assert last["eval_loss_rounded"] == evaluated
+    untrained = [first[f"eval_loss_{name}"] for name in ("full", "rounded")]
+    assert progress.told(last) == (
+        "int4, held-out loss: {:.4f} in full precision, {:.4f} rounded (PTQ), both after step 0; "
+        "{:.4f} trained with rounding (QAT), after step 9".format(*untrained, evaluated)
+    )
     assert len({event[f"eval_loss_{name}"] for event in (first, last) for name in ("full", "rounded")}) == 4
     export(ExportOptions(source=tmp_path / "run", out=tmp_path / "int4", to=Format.int4))
     told = capsys.readouterr().out

@@ -21,9 +21,11 @@ from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.engine import Evaluation, StepResult
 from cuboid.trainer.metrics import BubbleMeter, Measurement
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.runlog import RunLog
+from cuboid.trainer.runlog import RunLog, read_events
 from cuboid.trainer.timeline import import_matplotlib, write_timeline
 from cuboid.trainer.track import Tracker, open_tracker
+
+_ROUNDED = ("eval_loss_full", "eval_loss_rounded")
 
 
 class Recorder:
@@ -154,10 +156,14 @@ class Recorder:
             self.event("evaluation", step=0, **_of_held_out(found))
         self._last = time.monotonic()
 
-    def rounded(self, step: int, **facts: Any) -> None:
-        """Tell the held-out loss in full precision and rounded, after ``step``."""
+    def rounded(self, step: int, *, learned: bool, **facts: Any) -> None:
+        """Tell the held-out loss in full precision and rounded, after ``step``; once rounding is ``learned``, beside
+        that of rounding after training, which was told before the first step with it."""
         if self.block.rank == 0:
-            self.event("quantize", step=step, **facts)
+            earlier = [event for event in read_events(self.folder) if event["kind"] == "quantize"]
+            untrained = next((event for event in reversed(earlier) if learned and not event["learned"]), None)
+            after_training = {name: untrained[name] for name in ("step", *_ROUNDED)} if untrained else None
+            self.event("quantize", step=step, learned=learned, after_training=after_training, **facts)
         self._last = time.monotonic()
 
     def stopped(self, step: int, reason: str | None) -> None:
