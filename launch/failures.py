@@ -27,6 +27,9 @@ EXIT_CODES: dict[Kind, int] = {"user": 2, "run": 1, "error": 70}
 STOPPED = {"interrupt": 130, "signal": 85}
 """Exit codes of a run that was asked to stop, by what the stop file says."""
 
+RESIZE = "resize"
+"""In the stop file: the ranks save and end, to begin again as another number of data ranks."""
+
 STALE_FAILURES = 3
 """Failures without a newer checkpoint after which a run is given up: it would only fail there again."""
 
@@ -121,7 +124,8 @@ class Judge:
     """Decides after each failure of the group whether it starts again; counts over one launch."""
 
     def __init__(self, folder: Path, *, max_failures: int, world_size: int) -> None:
-        self._folder, self._max_failures, self._world_size = folder, max_failures, world_size
+        self._folder, self._max_failures = folder, max_failures
+        self.world_size = world_size
         self._log = RunLog(folder)
         self._seen_events = len(read_events(folder))
         self._newest = newest_step(folder)
@@ -156,7 +160,7 @@ class Judge:
         cause = root_cause(found)
         if cause.echo:
             # None knows more than that another one is not there; it may be one that has not spoken, a stopped process.
-            mute = sorted(set(range(self._world_size)) - {failure.rank for failure in found})
+            mute = sorted(set(range(self.world_size)) - {failure.rank for failure in found})
             cause = replace(cause, cause=f"{cause.cause} (no word from rank {one_of(mute)})") if mute else cause
         self._failures += 1
         newest = newest_step(self._folder)
@@ -184,7 +188,7 @@ class Judge:
         if cause.kind == "run":
             return Ending(code=1, words=line)
         reason = stop_reason(self._folder)
-        if reason:
+        if reason in STOPPED:
             return Ending(code=STOPPED[reason], words=f"stopped without a new checkpoint, because {line}")
         if self._failures > self._max_failures:
             limit = f"launch.max_failures={self._max_failures}"
@@ -225,7 +229,7 @@ def stop_reason(folder: Path) -> str | None:
         reason = (folder / STOP_FILE).read_text().strip()
     except OSError:
         return None
-    return reason if reason in STOPPED else "signal"
+    return reason if reason in (*STOPPED, RESIZE) else "signal"
 
 
 def shown(path: Path) -> str:

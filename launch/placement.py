@@ -8,14 +8,17 @@ from cuboid.parallel.errors import UserError, one_of
 from cuboid.parallel.layout import Layout
 
 
-def rank_bundle(nodes: Sequence[Mapping[str, float]], ranks: int, *, tensor: int, gpu: bool) -> dict[str, float] | None:
+def rank_bundle(
+    nodes: Sequence[Mapping[str, float]], ranks: int, *, tensor: int, gpu: bool, share_cpus: bool = True
+) -> dict[str, float] | None:
     """The resources to reserve for each rank so that all find room; None where there is none.
 
     Args:
         nodes: total resources of each node, as ``{"CPU": 8.0, "GPU": 4.0}``.
         ranks: how many are to be seated.
         tensor: ranks that must share a node.
-        gpu: each rank takes a GPU; otherwise ranks may outnumber CPUs and take a share of one.
+        gpu: each rank takes a GPU too.
+        share_cpus: ranks may outnumber CPUs and take a share of one.
     """
 
     def seats(share: float, node: Mapping[str, float]) -> int:
@@ -24,7 +27,8 @@ def rank_bundle(nodes: Sequence[Mapping[str, float]], ranks: int, *, tensor: int
 
     divided = {node["CPU"] / (tensor * groups) for node in nodes if node.get("CPU") for groups in range(1, ranks + 1)}
     # Ray counts in ten-thousandths.
-    shares = [1.0, *(int(share * 10_000) / 10_000 for share in divided if share >= 0.001)]
+    least = 0.001 if share_cpus else 1.0
+    shares = [1.0, *(int(share * 10_000) / 10_000 for share in divided if share >= least)]
     fitting = [share for share in shares if sum(seats(share, node) for node in nodes) >= ranks]
     tidy = [share for share in fitting if not any(seats(share, node) % tensor for node in nodes)]
     best = tidy or fitting

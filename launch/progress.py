@@ -123,6 +123,8 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"{event['part']} data: {event['left_out']}"
     if kind == "start" and event.get("step"):
         return f"going on after step {event['step']}"
+    if kind == "seated":
+        return f"{event['data']} data ranks find room ({event['asked']} asked for); the cluster has {event['cluster']}"
     if kind == "evaluation":
         return f"held-out loss before training {_held_out_words(event)}"
     if kind == "prune" and "eval_loss_after" in event:

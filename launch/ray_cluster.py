@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from functools import partial
 from pathlib import Path
 
@@ -60,8 +59,6 @@ def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:
 
     storage = folder / ".ray"
     try:
-        # Ray Train resumes what it finds under a name; our checkpoints are the truth, so no name comes twice.
-        group = Group(recipe, folder, storage=storage / uuid.uuid4().hex)
-        return group.run(address, train)
+        return Group(recipe, folder, storage=storage).run(address, train)
     finally:
         shutil.rmtree(storage, ignore_errors=True)

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,17 +25,16 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
 from cuboid.launch import worker
-from cuboid.launch.failures import Ending, Failure, Judge
-from cuboid.launch.placement import rank_bundle, rank_order, told_resources
+from cuboid.launch.failures import RESIZE, Ending, Failure, Judge, stop_reason
+from cuboid.launch.placement import rank_order
+from cuboid.launch.ray_room import Bundle, Room
 from cuboid.launch.supervise import end_with_driver
 from cuboid.launch.worker import Place, Train
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.runlog import RunLog, read_events
+from cuboid.trainer.runlog import STOP_FILE, RunLog, read_events
 from cuboid.trainer.version import version
 
-_ROOM_SECONDS = 45.0
-"""How long nodes may take to join, and other work to end, before a run that has no room is given up."""
 _OBJECT_STORE_BYTES = 80 * 2**20  # no data travels through it; Ray's least is 75 MiB
 _START_FAILURES = 3
 _SETTLE_SECONDS = 1.0
@@ -56,14 +56,31 @@ class Group:
             RunFailed: the room is taken by other work.
         """
         log = RunLog(self.folder)
+        judge = Judge(self.folder, max_failures=self.recipe.launch.max_failures, world_size=self.size)
         self._connect(address)
         try:
             end_with_driver()  # ray.init has taken SIGTERM over
-            bundle = self._room(wait_seconds=_ROOM_SECONDS if address else 0)
+            room = Room(self.recipe, is_own=address is None)
+            recipe, bundle = room.find()
             log.event("phase", name="cluster")
             # The user's own threads a rank; on other machines there may be other numbers of cores and ranks.
             threads = None if address else os.environ.get("OMP_NUM_THREADS")
-            return self._fit(bundle, train, threads)
+            while True:
+                if room.is_elastic:
+                    log.event("seated", data=recipe.layout.data, asked=self.recipe.layout.data, cluster=room.told())
+                judge.world_size = recipe.layout.world_size
+                try:
+                    with room.asking_for_more(recipe, bundle, self.folder):
+                        restarts = Restarts(self.folder, judge, is_elastic=room.is_elastic)
+                        ending = self._fit(recipe, bundle, restarts, train, threads)
+                except Unseated as unseated:
+                    judge = unseated.judge
+                else:
+                    if stop_reason(self.folder) != RESIZE:
+                        return ending
+                if stop_reason(self.folder) == RESIZE:
+                    (self.folder / STOP_FILE).unlink()
+                recipe, bundle = room.find()
         finally:
             ray.shutdown()
 
@@ -78,48 +95,39 @@ class Group:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
 
-    def _room(self, *, wait_seconds: float) -> dict[str, float]:
-        """What each rank takes of the cluster, once there is room for all."""
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            use_gpu = self.recipe.launch.device == "cuda" or (
-                self.recipe.launch.device == "auto" and any(node.get("GPU") for node in nodes)
-            )
-            bundle = rank_bundle(nodes, self.size, tensor=self.recipe.layout.tensor, gpu=use_gpu)
-            free = ray.available_resources()
-            if bundle and all(free.get(name, 0) >= amount * self.size for name, amount in bundle.items()):
-                return bundle
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(1)
-        need = f"{self.size} ranks need {self.size} {'GPUs' if use_gpu else 'CPUs or a share of one each'}"
-        if bundle is None:
-            raise UserError(f"{need}; the Ray cluster has {told_resources(nodes)}")
-        raise RunFailed(f"{need}; of {told_resources(nodes)} only {told_resources([free])} are free")
+    def _fit(
+        self, recipe: Recipe, bundle: Bundle, restarts: Restarts, train: Train | None, threads: str | None
+    ) -> Ending:
+        """The ranks of the recipe, in this number, until they have ended.
 
-    def _fit(self, bundle: dict[str, float], train: Train | None, threads: str | None) -> Ending:
-        self.storage.parent.mkdir(exist_ok=True)
-        probe = self.storage.parent / f"seen-{self.storage.name}"
-        probe.touch()
-        judge = Judge(self.folder, max_failures=self.recipe.launch.max_failures, world_size=self.size)
+        Raises:
+            Unseated: a rank of an elastic run has failed, maybe with its node: the ranks look for room anew.
+        """
+        # Ray Train resumes what it finds under a name; our checkpoints are the truth, so no name comes twice.
+        storage = self.storage / uuid.uuid4().hex
+        storage.mkdir(parents=True)
         trainer = DataParallelTrainer(
-            partial(worker.run, self.recipe.model_dump(), str(self.folder), train=train),
-            backend_config=RankConfig(self.folder, probe, tensor=self.recipe.layout.tensor, threads=threads),
+            partial(worker.run, recipe.model_dump(), str(self.folder), train=train),
+            backend_config=RankConfig(self.folder, storage, tensor=recipe.layout.tensor, threads=threads),
             scaling_config=ScalingConfig(
-                num_workers=self.size, use_gpu="GPU" in bundle, resources_per_worker=bundle, placement_strategy="PACK"
+                num_workers=recipe.layout.world_size,
+                use_gpu="GPU" in bundle,
+                resources_per_worker=bundle,
+                placement_strategy="PACK",
             ),
             run_config=RunConfig(
-                name=self.storage.name,
-                storage_path=str(self.storage.parent),
+                name=storage.name,
+                storage_path=str(self.storage),
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=_START_FAILURES),
-                callbacks=[Restarts(self.folder, judge)],
+                callbacks=[restarts],
             ),
         )
         try:
             trainer.fit()
         except ControllerError as error:
             cause = error.controller_failure
+            if isinstance(cause, Unseated):
+                raise cause from None
             if isinstance(cause, Ended):
                 return cause.ending
             if isinstance(cause, UserError):
@@ -246,18 +254,28 @@ class Ended(Exception):
         self.ending = ending
 
 
+class Unseated(Exception):
+    """Carries the judge, who lives in the controller, out of it to the next number of ranks."""
+
+    def __init__(self, judge: Judge) -> None:
+        super().__init__(judge)
+        self.judge = judge
+
+
 class Restarts(UserCallback):
     """Asked by Ray Train's controller after each failure of the group; says no by raising."""
 
-    def __init__(self, folder: Path, judge: Judge) -> None:
-        self._folder, self._judge = folder, judge
+    def __init__(self, folder: Path, judge: Judge, *, is_elastic: bool) -> None:
+        self._folder, self._judge, self._is_elastic = folder, judge, is_elastic
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, BaseException]) -> None:
-        """Raises `Ended` where the group shall not start again."""
+        """Raises `Ended` where the group shall not start again, `Unseated` where it looks for room first."""
         time.sleep(_SETTLE_SECONDS)
         ending = self._judge.verdict(self._silent(worker_exceptions))
         if ending is not None:
             raise Ended(ending)
+        if self._is_elastic:
+            raise Unseated(self._judge)
 
     def _silent(self, errors: Mapping[int, BaseException]) -> list[Failure]:
         """The ranks that Ray has found dead, and those whose process is gone without Ray having noticed yet."""

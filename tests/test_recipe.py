@@ -172,7 +172,6 @@ def test_one_of_pretrained_and_config(write):
 def test_later_work_is_refused_by_name(write):
     path = write(MINIMAL)
     for override in (
-        "launch.min_data=1",
         "parallel.compile=true", "precision.parameters=bfloat16",
         "data.kind=tokens", "parallel.activation_checkpointing=selective",
         "checkpoint.copy_to=s3://x", "model.attention=flash_attention_2",

@@ -35,7 +35,7 @@ DOORS = {
     "matplotlib": {"trainer/timeline.py"},
     "peft": {"recipes/compare_answers.py", "trainer/adapters.py"},
     "pydantic": {"trainer/recipe.py", "trainer/recipe_fields.py"},
-    "ray": {"launch/ray_group.py"},
+    "ray": {"launch/ray_group.py", "launch/ray_room.py"},
     "rich": {"launch/data.py", "launch/progress.py"},
     "safetensors": {"trainer/low_rank_format.py", "trainer/restore.py", "trainer/weights.py"},
     "torch.distributed.device_mesh.DeviceMesh.from_group": {"parallel/mesh.py"},

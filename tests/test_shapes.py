@@ -13,7 +13,7 @@ from harness import run_ranks
 from parity import assembled, backward, compare_gradients, make_batch, one_process, own_share, relative
 
 from cuboid.parallel.pipeline import READY_KEPT
-from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.data import Batch
 from cuboid.trainer.metrics import BubbleMeter
 

@@ -27,8 +27,8 @@ from cuboid.parallel.quantization import FakeQuantization
 from cuboid.parallel.schedules import stage_indices
 from cuboid.parallel.stages import Stage, apply_activation_checkpointing, cut_stage, split_layers
 from cuboid.parallel.tensor import apply_tensor_parallel
-from cuboid.trainer.check import virtual_stages
 from cuboid.trainer.check_distill import teacher_recipe
+from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.check_preference import reference_recipe
 from cuboid.trainer.depth import name_in_folder
 from cuboid.trainer.engine import Engine, NativeEngine

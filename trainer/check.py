@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
@@ -17,24 +16,23 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.parallel.layout import divisors
-from cuboid.parallel.schedules import SCHEDULES
 from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_data import data_errors
 from cuboid.trainer.check_distill import as_of, cache_errors, teach_errors, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
+from cuboid.trainer.check_mesh import mesh_errors, virtual_stages
 from cuboid.trainer.check_preference import own_reference, preference_errors, reference_errors, reference_recipe
 from cuboid.trainer.check_prune import prunable_errors, prune_errors, structure_errors
 from cuboid.trainer.check_quantize import group_errors, quantize_errors
+from cuboid.trainer.elastic import elastic_errors
 from cuboid.trainer.recipe import LaunchSettings, Recipe
-from cuboid.trainer.version import torch_version
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
 
 _Result = TypeVar("_Result")
 
-_TORCH_FOR_A_V = (2, 13)
 RANKS_PER_CORE = 32
 """Bound on CPU ranks: a rank takes some 200 MB, so that more are a typing error and not a plan."""
 
@@ -111,9 +109,9 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
     """
     errors = [
         *(rank_errors(recipe, devices) if devices else ()),
-        *_shard_errors(recipe),
-        *_batch_errors(recipe),
-        *_schedule_errors(recipe),
+        *mesh_errors(recipe),
+        *elastic_errors(recipe),
+        *_warmup_errors(recipe),
         *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
         *prune_errors(recipe),
         *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
@@ -172,50 +170,11 @@ def rank_errors(recipe: Recipe, devices: Devices) -> Iterator[UserError]:
     yield FieldError("parallel", layout, f"makes {layout.world_size} ranks, more than the {bound}", remedy)
 
 
-def _shard_errors(recipe: Recipe) -> Iterator[UserError]:
-    shard, data = recipe.parallel.shard, recipe.layout.data
-    if not isinstance(shard, bool) and data % shard:
-        constraint = f"does not divide parallel.data={data} into groups"
-        yield FieldError("parallel.shard", shard, constraint, f"use {one_of(divisors(data))}, or true or false")
-
-
-def _batch_errors(recipe: Recipe) -> Iterator[UserError]:
-    yield from _attempt(lambda: recipe.batch_plan)[0]
+def _warmup_errors(recipe: Recipe) -> Iterator[UserError]:
     warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
     if warmup > steps:
         remedy = f"use at most {steps}"
         yield FieldError("optimizer.warmup_steps", warmup, f"is more than train.steps={steps}", remedy)
-
-
-def _schedule_errors(recipe: Recipe) -> Iterator[UserError]:
-    name = recipe.parallel.schedule
-    if SCHEDULES[name].looped and recipe.parallel.pipeline == 1:
-        constraint = "has nothing to interleave on 1 pipeline rank"
-        yield FieldError("parallel.schedule", name, constraint, "use 1f1b, or parallel.pipeline=2 or more")
-        return
-    if SCHEDULES[name].v_shaped and find_spec("torch") and torch_version() < _TORCH_FOR_A_V:
-        # torch 2.11 opens its connections by sending from each stage to the next, also where both stand on one rank
-        constraint = f"lays neighbouring stages on one rank, which torch {metadata.version('torch')} cannot start"
-        remedy = "use torch 2.13 or newer, or schedule interleaved_zero_bubble"
-        yield FieldError("parallel.schedule", name, constraint, remedy)
-    if SCHEDULES[name].splits_backward and recipe.parallel.reshard is True:
-        # FSDP would free the parameters between the two halves of a backward, and the second read what is not there
-        constraint = f"frees parameters that {name} needs again for the weight gradients"
-        yield FieldError("parallel.reshard", "true", constraint, "use auto or false")
-    if SCHEDULES[name].splits_backward and recipe.parallel.activation_checkpointing != "none":
-        # each group of weights is a backward of its own to autograd, and each would compute the layer once more
-        constraint = f"would compute a layer again for each of its weights under {name}, whose backwards are split"
-        yield FieldError("parallel.activation_checkpointing", "full", constraint, "use none, or another schedule")
-    yield from SCHEDULES[name].check(
-        pipeline=recipe.parallel.pipeline,
-        virtual_stages=virtual_stages(recipe),
-        microbatches=recipe.parallel.microbatches,
-    )
-
-
-def virtual_stages(recipe: Recipe) -> int:
-    """Stages of each pipeline rank."""
-    return recipe.parallel.virtual_stages or SCHEDULES[recipe.parallel.schedule].default_virtual_stages
 
 
 def _length_errors(recipe: Recipe) -> Iterator[UserError]:

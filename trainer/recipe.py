@@ -310,10 +310,11 @@ class LaunchSettings(Settings):
     """Restarts in all; the run also stops after three failures without a newer checkpoint."""
     timeout_seconds: Count = 300
     """How long a rank waits for the others in a collective before it fails."""
-    min_data: Annotated[Count | None, Offered((None,))] = None
-    """Fewest data ranks with which an elastic run goes on."""
-    max_data: Annotated[Count | None, Offered((None,))] = None
-    """Most data ranks to which an elastic run grows."""
+    min_data: Count | None = None
+    """Fewest data ranks with which the run goes on where the cluster has lost nodes; null: parallel.data. The global
+    batch stays, with more microbatches a rank."""
+    max_data: Count | None = None
+    """Most data ranks to which the run grows where the cluster has gained nodes; null: parallel.data."""
 
 
 class Recipe(Settings):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cuboid.parallel.loss import perplexity
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
-from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.engine import Evaluation, StepResult
 from cuboid.trainer.metrics import BubbleMeter, Measurement
 from cuboid.trainer.recipe import Recipe

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import gcd, lcm
 from typing import TYPE_CHECKING, Any
 
-from cuboid.trainer.check import virtual_stages
+from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.depth import BY_LAYER
 from cuboid.trainer.model_config import known_keys
 from cuboid.trainer.recipe import ModelSettings, PruneSettings, Recipe
