@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from cuboid.parallel.errors import UserError, UserErrors
+from cuboid.trainer.copies import open_store
 from cuboid.trainer.inspection import listing
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_file import dump_recipe
 from cuboid.trainer.recipe_yaml import parse_file
 from cuboid.trainer.resume import differences
+from cuboid.trainer.runlog import RunLog
 
 Mode = Literal["auto", "resume", "fresh"]
 """auto goes on where there is a checkpoint; resume insists on one; fresh moves the old folder aside."""
@@ -47,7 +49,11 @@ def open_run_folder(recipe: Recipe, mode: Mode) -> Iterator[Path]:
                 _move_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_held(folder))
-            _check_continues(folder, recipe, insist=mode == "resume")
+            _check_continues(folder, recipe)
+            _settle_copies(folder, recipe, anew=mode == "fresh")
+            if mode == "resume" and newest_step(folder) is None:
+                remedy = "leave --resume out to begin"
+                raise UserError(f"there is nothing to resume: {folder} holds no whole checkpoint; {remedy}")
             _write(folder / RECIPE, dump_recipe(recipe))
         except OSError as error:
             raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}") from error
@@ -65,7 +71,30 @@ def _move_aside(folder: Path) -> None:
         folder.rename(aside)
 
 
-def _check_continues(folder: Path, recipe: Recipe, *, insist: bool) -> None:
+def _settle_copies(folder: Path, recipe: Recipe, *, anew: bool) -> None:
+    """Where the run's own folder holds no checkpoint, the newest copy takes its place; of a run that begins ``anew``,
+    older copies are moved aside as its folder was.
+
+    Raises:
+        UserError: the place of the copies does not answer, or none is whole: what to begin with cannot be known.
+    """
+    store = open_store(recipe)
+    if store is None or newest_step(folder) is not None:
+        return
+    _write(folder / RECIPE, dump_recipe(recipe))  # what is brought lies in a run's folder, and not just anywhere
+    try:
+        if anew:
+            store.move_aside()
+        elif found := store.fetch(folder / "checkpoints", event=RunLog(folder).event):
+            print(f"{folder} holds no checkpoint: {found.name} comes from its copy in {store.url}", flush=True)
+    except UserError:
+        raise
+    except Exception as error:  # the client of a store may raise anything
+        remedy = "see that it can be reached, or leave checkpoint.copy_to out"
+        raise UserError(f"the copies in {store.url} cannot be read: {error}; {remedy}") from error
+
+
+def _check_continues(folder: Path, recipe: Recipe) -> None:
     remedy = f"--fresh begins anew and moves {folder} aside; another name=... leaves it where it is"
     stored = folder / RECIPE
     if stored.exists():
@@ -74,8 +103,6 @@ def _check_continues(folder: Path, recipe: Recipe, *, insist: bool) -> None:
             raise UserErrors([*wrong, UserError(f"{folder} holds a run of another recipe: {remedy}")])
     elif any(entry.name != _LOCK for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and not a run's folder; {remedy}")
-    if insist and newest_step(folder) is None:
-        raise UserError(f"there is nothing to resume: {folder} holds no whole checkpoint; leave --resume out to begin")
 
 
 @contextmanager

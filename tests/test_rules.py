@@ -30,6 +30,7 @@ AXES = {"parallel.tensor", "parallel.expert", "parallel.data", "parallel.pipelin
 DOORS = {
     "datasets": {"trainer/corpus.py"},
     "deepspeed": {"trainer/zero.py"},
+    "fsspec": {"trainer/copies.py"},
     "huggingface_hub": {"trainer/model.py", "trainer/model_config.py"},
     "lm_eval": {"trainer/tasks.py"},
     "matplotlib": {"trainer/timeline.py"},

@@ -6,12 +6,10 @@ Each check yields every error it finds, with the values that would work. Imports
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import gcd
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
@@ -20,6 +18,7 @@ from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_data import data_errors
 from cuboid.trainer.check_distill import as_of, cache_errors, teach_errors, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
+from cuboid.trainer.check_folders import folder_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.check_mesh import mesh_errors, virtual_stages
 from cuboid.trainer.check_preference import own_reference, preference_errors, reference_errors, reference_recipe
@@ -107,19 +106,11 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         recipe: resolved by `resolve_devices`.
         devices: of this machine; None where ranks run elsewhere, and the launcher looks for their room there.
     """
+    here = not runs_elsewhere(recipe.launch)
     errors = [
         *(rank_errors(recipe, devices) if devices else ()),
-        *mesh_errors(recipe),
-        *elastic_errors(recipe),
-        *_warmup_errors(recipe),
-        *engine_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
-        *prune_errors(recipe),
-        *lora_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
-        *preference_errors(recipe),
-        *quantize_errors(recipe, runs_here=not runs_elsewhere(recipe.launch)),
-        *best_errors(recipe),
-        *_length_errors(recipe),
-        *_folder_errors(recipe),
+        *settings_errors(recipe, runs_here=here),
+        *folder_errors(recipe, runs_here=here),
         *_launch_errors(recipe),
     ]
     model_errors, config = _attempt(lambda: _config(recipe))
@@ -138,6 +129,24 @@ def check(recipe: Recipe, devices: Devices | None) -> None:
         errors += _track_errors(recipe)
     if errors:
         raise UserErrors(errors)
+
+
+def settings_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[UserError]:
+    """The recipe against itself: what neither its files nor a machine is needed to tell.
+
+    Args:
+        runs_here: ranks start on this machine, so that the packages they need must be there.
+    """
+    yield from mesh_errors(recipe)
+    yield from elastic_errors(recipe)
+    yield from _warmup_errors(recipe)
+    yield from engine_errors(recipe, runs_here=runs_here)
+    yield from prune_errors(recipe)
+    yield from lora_errors(recipe, runs_here=runs_here)
+    yield from preference_errors(recipe)
+    yield from quantize_errors(recipe, runs_here=runs_here)
+    yield from best_errors(recipe)
+    yield from _length_errors(recipe)
 
 
 def check_teacher(recipe: Recipe, devices: Devices | None) -> None:
@@ -184,22 +193,6 @@ def _length_errors(recipe: Recipe) -> Iterator[UserError]:
         works = one_of([value for value in (below, below + tensor) if value >= 2])
         constraint = f"is not a multiple of parallel.tensor={tensor}, whose ranks share each sequence"
         yield FieldError("data.sequence_length", length, constraint, f"use {works}, or parallel.sequence=false")
-
-
-def _folder_errors(recipe: Recipe) -> Iterator[UserError]:
-    runs = Path(recipe.runs).expanduser()
-    if runs_elsewhere(recipe.launch) and not runs.is_absolute():
-        constraint = "is relative, and a cluster's nodes and jobs each have a working directory of their own"
-        yield FieldError("runs", recipe.runs, constraint, "use an absolute path that every node sees")
-    existing = runs / recipe.name
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        constraint = f"cannot be written: {existing}: {error.strerror}"
-        yield FieldError("runs", recipe.runs, constraint, "use a folder that you may write to")
 
 
 def _launch_errors(recipe: Recipe) -> Iterator[UserError]:

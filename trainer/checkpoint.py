@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cuboid.parallel.errors import UserError
 from cuboid.trainer import inspection
+from cuboid.trainer.copies import Copier
 from cuboid.trainer.manifest import FACTS, PARTIAL, TENSORS, CheckpointError, read_manifest, refused, steps
 from cuboid.trainer.publish import clean, discard, publish, retain, set_aside, write_durably, write_json
 from cuboid.trainer.restore import faults_of, read_facts, read_tensors
@@ -99,6 +100,7 @@ class Checkpointer:
         folder: the run's ``checkpoints``; what killed saves left in it is removed (by rank 0).
         keep: how many whole checkpoints stay, at least 1.
         asynchronous: write behind the training; otherwise `save` returns when all is on the disk.
+        copier: takes each whole checkpoint to a second place; rank 0's does.
         event: hears ``checkpoint`` (step, path, bytes, seconds, blocked_seconds), ``checkpoint_failed`` (step, rank,
             cause, newest), ``checkpoint_waited`` (step, seconds), ``checkpoint_not_removed`` (step, cause),
             ``checkpoint_cleaned`` (paths); on rank 0.
@@ -107,7 +109,15 @@ class Checkpointer:
         UserError: on every rank, where the folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool, event: Event | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        asynchronous: bool,
+        copier: Copier | None = None,
+        event: Event | None = None,
+    ) -> None:
         # a rank whose disk is slow must not break the group, so it waits longer than the training's groups
         group = dist.new_group(backend="gloo", timeout=_SLOWEST_WRITE) if dist.is_initialized() else None
         self._ranks = Ranks(group)
@@ -116,7 +126,7 @@ class Checkpointer:
         """Of the newest save; None where it succeeded or is still under way."""
         self.newest: Path | None = None
         """The newest checkpoint that this run completed."""
-        self._event = event
+        self._event, self._copier = event, copier if self._ranks.rank == 0 else None
         self._arena: Arena | None = None
         self._signature: list[tuple[Any, ...]] = []
         self._job: Future[None] | None = None
@@ -159,6 +169,7 @@ class Checkpointer:
         self._job = _behind(self._finish, step, content, failure, best, (started, _since(started)))
         if not self.asynchronous:
             self.wait()
+            self._finish_copies()
 
     def wait(self) -> None:
         """Return when the newest save has succeeded or failed; ``failure`` says which."""
@@ -166,10 +177,15 @@ class Checkpointer:
             self._job.result()
 
     def close(self, *, patience_seconds: float | None = None) -> None:
-        """Wait for the newest save; at most so long, where another rank may never answer again."""
+        """Wait for the newest save and its copy; at most so long, where another rank may never answer again."""
         if self._job is not None:
             with suppress(Exception):  # a plan that failed is told by `save`, which nobody called
                 self._job.result(patience_seconds)
+        self._finish_copies(patience_seconds)
+
+    def _finish_copies(self, patience_seconds: float | None = None) -> None:
+        if self._copier is not None:
+            self._copier.wait(patience_seconds)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -217,6 +233,8 @@ class Checkpointer:
         started, blocked = clock
         times = {"seconds": _since(started), "blocked_seconds": blocked}
         self._tell("checkpoint", step=step, path=str(outcome.path), bytes=outcome.bytes, **times)
+        if self._copier is not None:
+            self._copier.add(outcome.path)
         self._retain(step)
 
     def _write(self, partial: Path) -> Written | Failure:
@@ -249,7 +267,8 @@ class Checkpointer:
         if self._ranks.rank > 0:
             return
         try:
-            retain(self.folder, keep=self.keep, newest=step)
+            in_use = self._copier.in_use if self._copier else ()
+            retain(self.folder, keep=self.keep, newest=step, in_use=in_use)
         except OSError as error:  # the new checkpoint is good; only the old ones take space
             self._tell("checkpoint_not_removed", step=step, cause=self._fault(error).cause)
 

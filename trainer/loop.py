@@ -21,6 +21,7 @@ from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.chat_template import given_source
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
+from cuboid.trainer.copies import open_copier
 from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
 from cuboid.trainer.engine import Engine, Evaluation, NotFinite, StepResult
 from cuboid.trainer.manifest import incomplete, steps
@@ -203,6 +204,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         folder / CHECKPOINTS,
         keep=recipe.checkpoint.keep,
         asynchronous=recipe.checkpoint.asynchronous,
+        copier=open_copier(recipe, event=recorder.event),
         event=recorder.event,
     )
     run = Run(

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,6 +100,16 @@ def publish(partial: Path, folder: Path, *, step: int, files: Mapping[str, FileR
     return path
 
 
+def adopt(partial: Path, folder: Path, *, step: int) -> Path:
+    """Give a whole checkpoint that came from elsewhere its name, and let ``latest`` name it; its new path."""
+    path = folder / step_name(step)
+    os.rename(partial, path)
+    sync_folder(folder)
+    os.replace(_new_mark(folder, LATEST, path), folder / LATEST)
+    sync_folder(folder)
+    return path
+
+
 def mark_best(folder: Path, path: Path | None) -> None:
     """Let ``best`` name the checkpoint at ``path``, or none: what a save did that was killed before its last rename,
     or what one said whose steps were given up."""
@@ -120,14 +130,14 @@ def _new_mark(folder: Path, mark: str, path: Path) -> Path:
     return new
 
 
-def retain(folder: Path, *, keep: int, newest: int) -> list[Path]:
-    """Remove all but the ``keep`` newest whole checkpoints up to step ``newest``, which always stays as ``best`` does;
-    what was removed.
+def retain(folder: Path, *, keep: int, newest: int, in_use: Collection[Path] = ()) -> list[Path]:
+    """Remove all but the ``keep`` newest whole checkpoints up to step ``newest``, which always stays as ``best`` does
+    and those ``in_use`` do; what was removed.
 
     A folder that is not whole neither counts nor is removed: somebody may want to look at it.
     """
     whole = [path for step, path in steps(folder).items() if step <= newest and not incomplete(path)]
-    removed = [path for path in whole[max(keep, 1) :] if path != marked(folder, BEST)]
+    removed = [path for path in whole[max(keep, 1) :] if path != marked(folder, BEST) and path not in in_use]
     for path in removed:
         _remove(path)
     return removed

@@ -279,8 +279,8 @@ class CheckpointSettings(Settings):
     """eval_loss: a step whose loss on data.eval_path is the lowest so far is saved, and stays; null: none is."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
-    copy_to: Annotated[Text | None, Offered((None,))] = None
-    """A second place for finished checkpoints."""
+    copy_to: Text | None = None
+    """A second folder, or a URL as s3://bucket/folder, to which finished checkpoints are copied; null: none."""
 
 
 class TrackSettings(Settings):
