@@ -88,6 +88,12 @@ def record(folder: Path, rank: int, error: BaseException) -> int:
     return EXIT_CODES[kind]
 
 
+def record_silent(folder: Path, failure: Failure) -> None:
+    """For a rank that could not write down why it ended: one that hangs, or of a node that the launcher does not see."""
+    about = {"rank": failure.rank, "error": failure.kind, "cause": failure.cause, "details": failure.details}
+    RunLog(folder).event("rank_error", **about, echo=False, silent=True)
+
+
 def explain(error: BaseException) -> tuple[Kind, bool, str]:
     """(kind, whether it is only an echo of another rank's end, the cause in one line)."""
     chain = list(_chain(error))
@@ -142,6 +148,7 @@ class Judge:
                 echo=event["echo"],
                 time=event["time"],
                 details=event["details"],
+                silent=event.get("silent", False),
             )
             for event in events
             if event["kind"] == "rank_error"

@@ -21,6 +21,7 @@ from pathlib import Path
 from cuboid.launch import worker
 from cuboid.launch.failures import EXIT_CODES, Ending, Failure, Judge
 from cuboid.launch.supervise import die_with_parent, drive
+from cuboid.launch.watch import watching
 from cuboid.launch.worker import Place, Train
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
@@ -92,7 +93,8 @@ def run_ranks(places: Sequence[Place], recipe: Recipe, folder: Path, train: Trai
     log.event("phase", name="workers")
     here = socket.gethostname()
     log.event("workers", ranks={str(rank): {"host": here, "pid": process.pid} for rank, process in ranks.items()})
-    failed = _wait(ranks)
+    with watching(recipe, folder):
+        failed = _wait(ranks)
     _end(ranks.values())
     return failed
 

@@ -31,6 +31,7 @@ _WAITING = {
 """What is under way once a phase is over."""
 
 _SMOOTHED_STEPS = 20
+_SHOWN_WAITS = 4
 
 
 class Screen:
@@ -119,6 +120,8 @@ def told(event: Mapping[str, Any]) -> str | None:
     kind = event["kind"]
     if kind == "failure" and event["restart"]:
         return event["words"]
+    if kind == "hang":
+        return f"no rank moves in step {event['step']}: {'; '.join(event['waits'][:_SHOWN_WAITS])}"
     if kind == "data" and event["left_out"]:
         return f"{event['part']} data: {event['left_out']}"
     if kind == "start" and event.get("step"):

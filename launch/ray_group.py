@@ -24,7 +24,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
-from cuboid.launch import worker
+from cuboid.launch import watch, worker
 from cuboid.launch.failures import RESIZE, Ending, Failure, Judge, stop_reason
 from cuboid.launch.placement import rank_order
 from cuboid.launch.ray_room import Bundle, Room
@@ -123,7 +123,8 @@ class Group:
             ),
         )
         try:
-            trainer.fit()
+            with watch.watching(recipe, self.folder):
+                trainer.fit()
         except ControllerError as error:
             cause = error.controller_failure
             if isinstance(cause, Unseated):
@@ -190,6 +191,7 @@ class RankBackend(Backend):
         """
         seats: list[Seat] = worker_group.execute(_describe, backend_config.probe)
         _check(seats, backend_config)
+        watch.forget(backend_config.folder)
         ranks = rank_order([seat.node for seat in seats], backend_config.tensor)
         first = ranks.index(0)
         port = worker_group.execute_single(first, worker.free_port)

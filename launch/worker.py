@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuboid.launch import failures
+from cuboid.launch import failures, watch
 from cuboid.parallel.errors import RunFailed
 from cuboid.trainer.check import num_cores
 from cuboid.trainer.recipe import Recipe
@@ -48,7 +48,8 @@ def run(recipe: dict[str, Any], folder: str, *, train: Train | None = None) -> N
         train = train or training_loop()
         if rank == 0:
             RunLog(path).event("phase", name="imports")
-        train(Recipe.model_validate(recipe), path)
+        with watch.answering(path, rank):
+            train(Recipe.model_validate(recipe), path)
     except BaseException as error:
         raise SystemExit(failures.record(path, rank, error)) from error
     finally:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cuboid.parallel.layout import AXES, Coordinate, Layout
+from cuboid.parallel.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Block:
     device: torch.device
     timeout: timedelta
     """How long a rank waits in a collective before it fails; every group that is made gets it."""
+    whereabouts: Whereabouts
+    """Where this rank tells what it does."""
 
     @property
     def rank(self) -> int:
@@ -54,7 +57,13 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def connect(layout: Layout, *, timeout_seconds: float = 300, device: torch.device | None = None) -> Iterator[Block]:
+def connect(
+    layout: Layout,
+    *,
+    timeout_seconds: float = 300,
+    device: torch.device | None = None,
+    whereabouts: Whereabouts | None = None,
+) -> Iterator[Block]:
     """Join the block described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and leave it at the end.
 
     Every process group has the same time-out: a rank that waits longer raises instead of hanging for ever. On GPU the
@@ -71,7 +80,7 @@ def connect(layout: Layout, *, timeout_seconds: float = 300, device: torch.devic
             f"{dist.get_world_size()} ranks were started for a layout of {layout.world_size}"
         )
         mesh, data_group = _make_mesh(layout, device, timeout)
-        yield Block(layout, mesh, data_group, device, timeout)
+        yield Block(layout, mesh, data_group, device, timeout, whereabouts or Whereabouts())
     finally:
         dist.destroy_process_group()
 

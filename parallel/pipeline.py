@@ -25,6 +25,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from cuboid.parallel.schedules import SCHEDULES, Action
+from cuboid.parallel.whereabouts import Whereabouts
 
 T = TypeVar("T")
 Loss = Callable[..., Tensor]
@@ -59,15 +60,16 @@ class ActionTime:
 
 
 class Timer:
-    """Marks the start and the end of each action of one step.
+    """Marks the start and the end of each action of one step, and tells both.
 
     On CPU a mark is the monotonic clock. On CUDA the host runs ahead of the device, so a mark is an event in the
     stream; all of them are read against one event that is recorded while the device is idle, which ties the device's
     clock to the host's.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, whereabouts: Whereabouts) -> None:
         self.cuda = device.type == "cuda"
+        self._whereabouts, self._evaluating = whereabouts, False
         self._marks: list[list[Any]] = []
         self._origin: Any = None
         self._origin_seconds = 0.0
@@ -81,10 +83,12 @@ class Timer:
 
     def time(self, kind: str, stage: int, microbatch: int, call: Callable[[], T]) -> T:
         """Run ``call`` as the action ``kind`` of ``stage`` on ``microbatch``."""
+        self._whereabouts.at(kind, stage, microbatch, evaluating=self._evaluating)
         thread_seconds, start = time.thread_time(), self._mark()
         result = call()
         stop = self._mark()
         self._marks.append([kind, stage, microbatch, start, stop, time.thread_time() - thread_seconds])
+        self._whereabouts.at(kind, stage, microbatch, over=True, evaluating=self._evaluating)
         return result
 
     def prolong(self, call: Callable[[], T]) -> T:
@@ -98,10 +102,11 @@ class Timer:
     @contextmanager
     def unnoticed(self) -> Iterator[None]:
         """Within: what runs is no part of the step."""
-        marks = len(self._marks)
+        marks, self._evaluating = len(self._marks), True
         try:
             yield
         finally:
+            self._evaluating = False
             del self._marks[marks:]
 
     def read(self) -> list[ActionTime]:
@@ -184,6 +189,7 @@ class Pipeline:
         boundary, logits: examples on ``meta`` of ONE microbatch: the hidden states [B, T_local, D] that travel between
             stages, and the last stage's output [B, T, ...]; token ids are int64 [B, T]. Shapes are static, so no
             microbatch runs twice to learn them. A step may be of another length: T_local follows in proportion.
+        whereabouts: hears of every action when it begins and when it is over.
 
     The number of stages is that of ``modules`` times the ranks of ``group``.
     """
@@ -198,6 +204,7 @@ class Pipeline:
         loss: Loss,
         boundary: Tensor,
         logits: Tensor,
+        whereabouts: Whereabouts,
     ) -> None:
         self.modules = dict(sorted(modules.items()))
         self.microbatches = microbatches
@@ -205,7 +212,7 @@ class Pipeline:
         """Sequences of a step."""
         self.num_stages = group.size() * len(modules)
         self.is_first, self.is_last = 0 in modules, self.num_stages - 1 in modules
-        self.timer = Timer(_device(modules))
+        self.timer = Timer(_device(modules), whereabouts)
         self._kind = get_schedule_class(SCHEDULES[schedule].torch_name)
         self._group, self._loss, self._boundary, self._logits = group, loss, boundary, logits
         self._targets: Targets = {}

@@ -76,6 +76,7 @@ def build(block, schedule, virtual_stages, microbatches, wrap=None):
         loss=summed_loss,
         boundary=torch.empty(ROWS, TOKENS, WIDTH, device="meta"),
         logits=torch.empty(ROWS, TOKENS, VOCABULARY, device="meta"),
+        whereabouts=block.whereabouts,
     )
     return pipeline, modules
 

@@ -330,6 +330,7 @@ def _pipeline(
         microbatches=recipe.parallel.microbatches,
         group=block.mesh["pipeline"].get_group(),
         loss=loss,
+        whereabouts=block.whereabouts,
         **_microbatch_shapes(recipe, blueprint, block),
     )
 

@@ -157,11 +157,13 @@ class Engine(ABC):
         result = self.backward(batch, told=told)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise self._not_finite(result)
+        self.block.whereabouts.at("update")
         self.update(result, learning_rate=learning_rate)
         return result
 
     def backward(self, batch: Batch, *, told: Sequence[float] = ()) -> StepResult:
         """Loss, complete gradients and their global norm; nothing is updated."""
+        self.block.whereabouts.at("count of tokens")
         tokens = self._count_tokens(batch.labels)
         # a batch without a single valid token has loss 0 and gradient 0
         self.loss.num_valid_tokens = max(tokens, 1) / self.averaged_over
@@ -171,12 +173,15 @@ class Engine(ABC):
             self.hidden.num_valid_tokens = self.loss.num_valid_tokens
         own_loss = self._through(self.pipeline.step, batch, tokens=tokens)
         self._own_loss = (own_loss + (self.hidden.take() if self.hidden else 0.0)) / self.averaged_over
+        self.block.whereabouts.at("gradient sum")
         self.close_gradients()
+        self.block.whereabouts.at("gradient norm")
         return self._sum_over_block(tokens, told)
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Of this data rank's ``batches``, as many on every rank, and all others' together. Nothing is updated. To be
         called between two steps: the next forward takes over what is gathered."""
+        self.block.whereabouts.begin("evaluation")
         total, tokens = 0.0, 0
         self.loss.num_valid_tokens = 1  # sums, divided once below
         if self.preference:

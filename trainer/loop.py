@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
+from cuboid.parallel.whereabouts import Whereabouts, path_of
 from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.chat_template import given_source
@@ -38,11 +39,13 @@ from cuboid.trainer.runlog import STOP_FILE
 from cuboid.trainer.teacher_cache import refuse_other_data
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
-from cuboid.trainer.version import version
+from cuboid.trainer.version import versions
 from cuboid.trainer.weights import fingerprint
 
 CHECKPOINTS = "checkpoints"
 _PATIENCE_SECONDS = 15.0
+_LONGER_SECONDS = 15
+"""Added to the time-out of process groups: who watches the ranks speaks before those that wait for a hung one."""
 
 
 @dataclass(kw_only=True)
@@ -77,8 +80,10 @@ class Run:
     """The lowest such loss of a step that was saved before ``step``."""
 
 
-def train(recipe: Recipe, folder: Path) -> str | None:
+def train(recipe: Recipe, folder: Path, *, before_step: Callable[[Run], None] | None = None) -> str | None:
     """Run the recipe to its last step, from the newest checkpoint in ``folder`` where there is one.
+
+    ``before_step`` is called on every rank before each step: faults are injected by it (`cuboid drill`).
 
     Returns None when done, or what the stop file said that ended the run early (after a checkpoint).
 
@@ -87,15 +92,23 @@ def train(recipe: Recipe, folder: Path) -> str | None:
         RunFailed: the run cannot go on.
     """
     device = torch.device("cpu") if recipe.launch.device == "cpu" else None
-    timeout = recipe.launch.timeout_seconds
-    with connect(recipe.layout, timeout_seconds=timeout, device=device) as block, set_up(recipe, folder, block) as run:
+    patience = recipe.launch.timeout_seconds + _LONGER_SECONDS
+    where = Whereabouts(path_of(folder, int(os.environ["RANK"])))
+    with (
+        closing(where),
+        connect(recipe.layout, timeout_seconds=patience, device=device, whereabouts=where) as block,
+        set_up(recipe, folder, block) as run,
+    ):
         reason = None
         if run.step == 0 and recipe.train.eval_first and run.held_out:
             run.recorder.evaluated_first(evaluate(run, run.held_out))
         while run.step < recipe.train.steps and reason is None:
+            if before_step is not None:
+                before_step(run)
             reason = _agreed_to_stop(run, train_step(run))
             if _save_is_due(run, last=reason is not None):
                 save(run)
+        where.begin("save", run.step)
         run.checkpointer.wait()
         if failure := run.checkpointer.failure:
             left = next((f"the newest checkpoint is {path}" for path in steps(run.checkpointer.folder).values()), "")
@@ -107,6 +120,7 @@ def train(recipe: Recipe, folder: Path) -> str | None:
 def train_step(run: Run) -> StepResult:
     """One update: this rank's samples, the engine's exact step, the record of it."""
     recipe, step = run.recipe, run.step + 1
+    run.block.whereabouts.begin("batch", step)
     rate = learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
     # every draw (dropout) is a function of seed, step and place, so that no generator state has to be saved
     torch.manual_seed(_seed(recipe.seed, step, *run.block.coordinate))
@@ -114,6 +128,7 @@ def train_step(run: Run) -> StepResult:
     prune(run, step, batch)
     if recipe.quantize is not None and step == recipe.quantize.start_step:
         compare_rounding(run)
+    run.block.whereabouts.begin("step", step)
     run.engine.begin_step(step)
     try:
         result = run.engine.step(batch, learning_rate=rate, told=[_wants_to_stop(run), *run.recorder.memory_by_rank()])
@@ -199,7 +214,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     teacher = _teacher(recipe, dataset)
     engine = assemble(recipe, block, blueprint, weights)
     recorder.phase("model")
-    versions = _versions(recipe) if block.rank == 0 else {}
+    used = versions(recipe) if block.rank == 0 else {}
     checkpointer = Checkpointer(
         folder / CHECKPOINTS,
         keep=recipe.checkpoint.keep,
@@ -214,7 +229,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         model_config=config.to_dict(),
         adapter=adapter,
         teacher=teacher,
-        versions=versions,
+        versions=used,
         chat_template=given_source(recipe.data.chat_template),
         dataset=dataset,
         held_out=held_out,
@@ -230,7 +245,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         attention = blueprint.model.config._attn_implementation
         if adapter is not None and block.rank == 0:
             recorder.event("adapter", **adapter)
-        recorder.started(run.step, versions=versions, attention=attention, layers_of_stages=layers)
+        recorder.started(run.step, versions=used, attention=attention, layers_of_stages=layers)
         yield run
         checkpointer.close()
     except BaseException:
@@ -279,6 +294,7 @@ def resume(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Begin a checkpoint of the state after ``run.step``."""
+    run.block.whereabouts.begin("save", run.step)
     run.saved, best = run.step, _is_best(run)
     facts = {
         "run_id": run.recorder.run_id,
@@ -374,16 +390,6 @@ def _same_on_every_rank(what: str, value: str) -> None:
     for rank, other in enumerate(values):
         if other != values[0]:
             raise UserError(f"{what} differs: {values[0][:12]} on rank 0, {other[:12]} on rank {rank}")
-
-
-def _versions(recipe: Recipe) -> dict[str, str]:
-    optional = {
-        "deepspeed": recipe.parallel.engine == "deepspeed",
-        "peft": recipe.lora is not None,
-        "torchao": recipe.quantize is not None,
-    }
-    names = ["torch", "transformers", *(name for name, is_used in optional.items() if is_used)]
-    return {"cuboid": version(), **{name: metadata.version(name) for name in names}}
 
 
 def _seed(*parts: int) -> int:

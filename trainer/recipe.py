@@ -309,7 +309,7 @@ class LaunchSettings(Settings):
     max_failures: CountOrZero = 10
     """Restarts in all; the run also stops after three failures without a newer checkpoint."""
     timeout_seconds: Count = 300
-    """How long a rank waits for the others in a collective before it fails."""
+    """After so long without a move of any rank it is a hang: told with every rank's stack, ended, and started again."""
     min_data: Count | None = None
     """Fewest data ranks with which the run goes on where the cluster has lost nodes; null: parallel.data. The global
     batch stays, with more microbatches a rank."""

@@ -116,6 +116,7 @@ class Recorder:
         ``memory`` is `memory_by_rank` summed over ranks; ``evaluation`` is of held-out text, and is called by every
         rank when the step has been measured.
         """
+        self.block.whereabouts.begin("record")
         measured = self._meter.measure(pipeline)
         now = time.monotonic()
         seconds, self._last = now - self._last, now

@@ -1,0 +1,190 @@
+"""Ranks watched for a hang: no rank moves for `launch.timeout_seconds`. Imports no torch.
+
+Every rank tells in a file what it does (`parallel.whereabouts`). A thread of the launcher reads these; once all stand
+still it asks the ranks of its machine for their stacks, tells who waits for whom, and kills them: what comes then is
+as after any failure (`failures.Judge`). Ranks of other machines end by the time-out of their process groups.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from threading import Event, Thread
+
+from cuboid.launch.failures import Failure, record_silent
+from cuboid.launch.waits import Found, Waits
+from cuboid.parallel.errors import one_of
+from cuboid.parallel.schedules import order
+from cuboid.parallel.whereabouts import FOLDER, PATIENT, Sighting, machine, path_of, sighting_of
+from cuboid.trainer.check_mesh import virtual_stages
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.runlog import RunLog
+
+_POLL_SECONDS = 0.5
+_STACKS_SECONDS = 3.0
+"""For a rank to write down where it stands: at once, but cores may be busy."""
+
+
+@contextmanager
+def answering(folder: Path, rank: int) -> Iterator[None]:
+    """Within: this rank's process writes the stacks of all its threads when it gets SIGUSR2, also while it computes or
+    waits outside of Python."""
+    path = _stacks_path(folder, rank)
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+        try:
+            yield
+        finally:
+            faulthandler.unregister(signal.SIGUSR2)
+
+
+@contextmanager
+def watching(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Within: a hang of the run's ranks is noticed, told and ended."""
+    done, watch = Event(), Watch(recipe, folder)
+
+    def look() -> None:
+        while not done.wait(_POLL_SECONDS):
+            if watch.sees_hang(time.monotonic()):
+                watch.end_hang()
+
+    thread = Thread(target=look, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def forget(folder: Path) -> None:
+    """Before ranks start: what those of an earlier start said of themselves."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+class Watch:
+    """What the ranks of a run have told, and since when they tell nothing new."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self._recipe, self._folder, self._machine = recipe, folder, machine()
+        self._seen: dict[int, Sighting] = {}
+        self._moved: dict[int, float] = {}
+        self._running: dict[int, float] = {}
+        """When each rank was last seen not to be stopped."""
+
+    def sees_hang(self, now: float) -> bool:
+        """Whether no rank has moved, or one has been stopped, for `launch.timeout_seconds` at ``now`` (monotonic)."""
+        current = self._look()
+        for rank, seen in current.items():
+            if self._seen.get(rank) != seen:
+                self._moved[rank] = now
+            if self._state(seen) != "T" or rank not in self._running or self._seen[rank].pid != seen.pid:
+                self._running[rank] = now
+        self._seen = current
+        if len(current) < self._recipe.layout.world_size:
+            return False
+        limit = now - self._recipe.launch.timeout_seconds
+        if any(self._running[rank] < limit for rank in current):
+            return True
+        is_still = all(self._moved[rank] < limit for rank in current)
+        return is_still and not any(seen.phase in PATIENT for seen in current.values())
+
+    def end_hang(self) -> None:
+        """Tell it, and kill the ranks of this machine."""
+        ranks = {rank: self._found(rank, seen) for rank, seen in self._with_stacks()}
+        settings = self._recipe.parallel
+        actions = order(
+            settings.schedule,
+            pipeline=settings.pipeline,
+            virtual_stages=virtual_stages(self._recipe),
+            microbatches=settings.microbatches,
+        )
+        waits = Waits(ranks, self._recipe.layout, actions)
+        lines, seconds = waits.lines(), self._recipe.launch.timeout_seconds
+        details = self._write(f"no rank has moved for {seconds} s, or one was stopped for as long", lines, ranks)
+        first = ranks[waits.hung[0]]
+        RunLog(self._folder).event("hang", rank=first.rank, step=first.seen.step, waits=lines, details=details)
+        record_silent(self._folder, _failure(first, waits, details))
+        for found in ranks.values():
+            if found.state:
+                with suppress(ProcessLookupError):
+                    os.kill(found.seen.pid, signal.SIGKILL)
+        self._seen = {}
+
+    def _look(self) -> dict[int, Sighting]:
+        """Every rank that has begun, and has not ended since as far as this machine can see."""
+        ranks = range(self._recipe.layout.world_size)
+        told = {rank: seen for rank in ranks if (seen := sighting_of(self._folder, rank))}
+        return {rank: seen for rank, seen in told.items() if seen.machine != self._machine or self._state(seen)}
+
+    def _state(self, seen: Sighting) -> str:
+        """R, S, D, T, ... as /proc tells it; empty where the process is gone, or on another machine."""
+        if seen.machine != self._machine:
+            return ""
+        try:
+            state = Path(f"/proc/{seen.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return ""
+        return "" if state in "ZX" else state
+
+    def _with_stacks(self) -> list[tuple[int, Sighting]]:
+        """Ask all for their stacks, and wait until they are written."""
+        asked = [rank for rank, seen in self._seen.items() if self._state(seen) not in ("", "T")]
+        for rank in asked:
+            with suppress(ProcessLookupError):
+                os.kill(self._seen[rank].pid, signal.SIGUSR2)
+        deadline, sizes = time.monotonic() + _STACKS_SECONDS, dict.fromkeys(asked, -1)
+        while time.monotonic() < deadline:
+            now = {rank: _stacks_path(self._folder, rank).stat().st_size for rank in asked}
+            if now == sizes and all(now.values()):
+                break
+            sizes = now
+            time.sleep(0.1)
+        return list(self._seen.items())
+
+    def _found(self, rank: int, seen: Sighting) -> Found:
+        stacks = self._stacks(rank) if self._state(seen) else ""
+        # threads are written newest first: the last one is the main thread
+        return Found(rank=rank, seen=seen, state=self._state(seen), stack=stacks.rpartition("first):\n")[2].strip())
+
+    def _stacks(self, rank: int) -> str:
+        try:
+            return _stacks_path(self._folder, rank).read_text()
+        except OSError:
+            return ""
+
+    def _write(self, title: str, lines: list[str], ranks: Mapping[int, Found]) -> str | None:
+        """All that is known, in a file of the run's logs; its path in the folder, None where it cannot be written."""
+        number = 1 + len(list((self._folder / "logs").glob("hang-*.txt")))
+        path = self._folder / "logs" / f"hang-{number}.txt"
+        parts = [title, *lines]
+        for rank, found in ranks.items():
+            place = f"process {found.seen.pid}, state {found.state}" if found.state else "on another machine"
+            stacks = self._stacks(rank) if found.stack else "no stack\n"
+            parts.append(f"\n--- rank {rank}, {place}: step {found.seen.step}, {found.seen.place}\n{stacks}")
+        try:
+            path.write_text("\n".join(parts))
+        except OSError:
+            return None
+        return str(path.relative_to(self._folder))
+
+
+def _failure(first: Found, waits: Waits, details: str | None) -> Failure:
+    """Of the rank that keeps the others waiting: where, why, and one that waits."""
+    others = f", or rank {one_of(waits.hung[1:])}," if waits.hung[1:] else ""
+    waiting = (rank for rank in waits.ranks if rank not in waits.hung and first.rank in waits.awaited(rank)[1])
+    beside = "; ".join([word for word in (first.why, *map(waits.line, islice(waiting, 1))) if word])
+    cause = f"{others} hung {first.seen.place}{f' ({beside})' if beside else ''}".strip()
+    return Failure(rank=first.rank, cause=cause, silent=True, time=time.time(), details=details)
+
+
+def _stacks_path(folder: Path, rank: int) -> Path:
+    return path_of(folder, rank).with_suffix(".stacks")
