@@ -89,7 +89,7 @@ def record(folder: Path, rank: int, error: BaseException) -> int:
 
 
 def record_silent(folder: Path, failure: Failure) -> None:
-    """For a rank that could not write down why it ended: one that hangs, or of a node that the launcher does not see."""
+    """For a rank that cannot write down why it ends: one that hangs."""
     about = {"rank": failure.rank, "error": failure.kind, "cause": failure.cause, "details": failure.details}
     RunLog(folder).event("rank_error", **about, echo=False, silent=True)
 

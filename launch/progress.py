@@ -128,6 +128,9 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"going on after step {event['step']}"
     if kind == "seated":
         return f"{event['data']} data ranks find room ({event['asked']} asked for); the cluster has {event['cluster']}"
+    if kind in ("skip", "rewind"):
+        done = f"back to step {event['back_to']}" if kind == "rewind" else "nothing was updated"
+        return f"step {event['step']}: {event['cause']} ({event['samples']}); {done}"
     if kind == "evaluation":
         return f"held-out loss before training {_held_out_words(event)}"
     if kind == "prune" and "eval_loss_after" in event:

@@ -18,6 +18,7 @@ from cuboid.trainer.check_best import best_errors
 from cuboid.trainer.check_data import data_errors
 from cuboid.trainer.check_distill import as_of, cache_errors, teach_errors, teacher_errors, teacher_recipe
 from cuboid.trainer.check_engine import engine_errors
+from cuboid.trainer.check_faults import fault_errors
 from cuboid.trainer.check_folders import folder_errors
 from cuboid.trainer.check_lora import lora_errors, target_errors
 from cuboid.trainer.check_mesh import mesh_errors, virtual_stages
@@ -146,6 +147,7 @@ def settings_errors(recipe: Recipe, *, runs_here: bool) -> Iterator[UserError]:
     yield from preference_errors(recipe)
     yield from quantize_errors(recipe, runs_here=runs_here)
     yield from best_errors(recipe)
+    yield from fault_errors(recipe)
     yield from _length_errors(recipe)
 
 

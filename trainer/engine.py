@@ -33,17 +33,6 @@ from cuboid.trainer.prune import Pruner, StructurePruner
 from cuboid.trainer.teacher import Teacher
 
 
-class NotFinite(RuntimeError):
-    """The loss or the gradient norm of a step is NaN or infinite; the parameters were not touched.
-
-    ``data_ranks`` are those whose samples gave such a loss, or all where only a gradient is not finite.
-    """
-
-    def __init__(self, what: str, data_ranks: Sequence[int]) -> None:
-        self.data_ranks = tuple(data_ranks)
-        super().__init__(what)
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What a step says of itself, the same on every rank."""
@@ -60,6 +49,25 @@ class StepResult:
     """Of a model with experts."""
     preferences: Preferences | None = None
     """Of preference tuning."""
+
+
+class Untrusted(RuntimeError):
+    """Nothing should be learned from a step; the parameters were not touched. The same on every rank.
+
+    ``data_ranks`` are those whose samples are to blame; None: it may be any.
+    """
+
+    kind: str
+
+    def __init__(self, what: str, result: StepResult, data_ranks: Sequence[int] | None = None) -> None:
+        self.result, self.data_ranks = result, data_ranks
+        super().__init__(what)
+
+
+class NotFinite(Untrusted):
+    """The loss or the gradient norm of a step is NaN or infinite."""
+
+    kind = "not_finite"
 
 
 class Evaluation(NamedTuple):
@@ -129,8 +137,9 @@ class Engine(ABC):
         same at each call, and all ranks ask together. To load, fill them and hand them to `resume_at`."""
 
     @abstractmethod
-    def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Go on after ``step`` updates with the values that were loaded into what `tensors` gave."""
+    def resume_at(self, step: int, tensors: Mapping[str, Tensor], *, skipped: int = 0) -> None:
+        """Go on after ``step`` steps, of which so many were ``skipped`` and updated nothing, with the values that were
+        loaded into what `tensors` gave."""
 
     def begin_step(self, step: int) -> None:
         """Before the step of this number: what it computes with is rounded, where the recipe says so from it on."""
@@ -143,20 +152,28 @@ class Engine(ABC):
         None where nothing was done."""
         return None
 
-    def step(self, batch: Batch, *, learning_rate: float, told: Sequence[float] = ()) -> StepResult:
+    def step(
+        self,
+        batch: Batch,
+        *,
+        learning_rate: float,
+        told: Sequence[float] = (),
+        judge: Callable[[StepResult], None] | None = None,
+    ) -> StepResult:
         """One update from this data rank's share of the global batch.
 
         Args:
             batch: at most as many samples as the plan gives a data rank, of any length that the tensor ranks divide
                 (the same on every rank of a pipeline). With fewer, or none, the step is that of those alone.
             told: numbers of this rank that travel with the loss, as many on every rank; the result has their sums.
+            judge: is shown the result before the update, and raises Untrusted where there should be none; without one,
+                `refuse_not_finite` is asked.
 
         Raises:
-            NotFinite: before the update, on every rank at once.
+            Untrusted: before the update, on every rank at once. To go on, call `drop_gradients`.
         """
         result = self.backward(batch, told=told)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise self._not_finite(result)
+        (judge or self.refuse_not_finite)(result)
         self.block.whereabouts.at("update")
         self.update(result, learning_rate=learning_rate)
         return result
@@ -242,8 +259,15 @@ class Engine(ABC):
         preferences = Preferences.of(pairs) if self.preference else None
         return StepResult(loss, math.sqrt(squared), tokens, tuple(sums), measures, preferences)
 
-    def _not_finite(self, result: StepResult) -> NotFinite:
-        """Which rank it came from, the same words on every rank."""
+    def drop_gradients(self) -> None:
+        """In place of `update`. The deepspeed engine keeps sums of its own, so that a recipe with it stops instead."""
+        for _, parameter in self.parameters:
+            parameter.grad = None
+
+    def refuse_not_finite(self, result: StepResult) -> None:
+        """Raises NotFinite, which tells the rank that it came from, where the step's numbers are no numbers."""
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            return
         bad = [name for name, grad in self.gradients() if grad is not None and not local(grad).isfinite().all()]
         found: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
         dist.all_gather_object(found, (self._own_loss, bad[0] if bad else ""))
@@ -251,10 +275,10 @@ class Engine(ABC):
         losses = [rank for rank, (loss, _) in enumerate(found) if not math.isfinite(loss)]
         if losses:
             data_ranks = sorted({layout.coordinate(rank).data for rank in losses})
-            return NotFinite(f"the loss is {result.loss}, first on rank {losses[0]}", data_ranks)
+            raise NotFinite(f"the loss is {result.loss}, first on rank {losses[0]}", result, data_ranks)
         gradients = [f"rank {rank} in {name}" for rank, (_, name) in enumerate(found) if name]
         where = f", first on {gradients[0]}" if gradients else ""
-        return NotFinite(f"the gradient norm is {result.grad_norm}{where}", range(layout.data))
+        raise NotFinite(f"the gradient norm is {result.grad_norm}{where}", result)
 
 
 @dataclass(kw_only=True)
@@ -302,8 +326,8 @@ class NativeEngine(Engine):
         beside = self.experts.tensors() if self.experts else {}
         return state | beside | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
 
-    def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        self.optimizer.set_step(step)
+    def resume_at(self, step: int, tensors: Mapping[str, Tensor], *, skipped: int = 0) -> None:
+        self.optimizer.set_step(step - skipped)
         self.tied.follow()
         if self.pruner:
             self.pruner.resume_at(step)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,66 +18,34 @@ import torch.distributed as dist
 from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
 from cuboid.parallel.whereabouts import Whereabouts, path_of
-from cuboid.trainer.adapter_folder import settings_of
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.chat_template import given_source
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
 from cuboid.trainer.copies import open_copier
 from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prepare
-from cuboid.trainer.engine import Engine, Evaluation, NotFinite, StepResult
+from cuboid.trainer.engine import Engine, Evaluation, StepResult, Untrusted
+from cuboid.trainer.faults import ReplicasDiffer, Watch
+from cuboid.trainer.identity import adapter_facts, same_on_every_rank, teacher_fingerprint, versions
 from cuboid.trainer.manifest import incomplete, steps
-from cuboid.trainer.model import Blueprint, draw_blueprint, local_folder
+from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.prune import is_due
-from cuboid.trainer.publish import mark_best
+from cuboid.trainer.publish import mark_best, set_aside
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recorder import Recorder
+from cuboid.trainer.replicas import Replicas
 from cuboid.trainer.restore import read_facts
 from cuboid.trainer.resume import differences
+from cuboid.trainer.run import Run
 from cuboid.trainer.runlog import STOP_FILE
-from cuboid.trainer.teacher_cache import refuse_other_data
 from cuboid.trainer.tokenizer import open_tokenizer
 from cuboid.trainer.tokens import cache_folder
-from cuboid.trainer.version import versions
-from cuboid.trainer.weights import fingerprint
 
 CHECKPOINTS = "checkpoints"
 _PATIENCE_SECONDS = 15.0
 _LONGER_SECONDS = 15
 """Added to the time-out of process groups: who watches the ranks speaks before those that wait for a hung one."""
-
-
-@dataclass(kw_only=True)
-class Run:
-    """What the loop holds of a run on this rank."""
-
-    recipe: Recipe
-    folder: Path
-    block: Block
-    model_config: dict[str, Any]
-    adapter: dict[str, Any] | None
-    """Of an adapter run: what is trained, and the fingerprint of the frozen rest."""
-    teacher: str | None
-    """Fingerprint of the weights that teach."""
-    versions: dict[str, str]
-    """Of what computes; on rank 0."""
-    chat_template: str | None
-    """The Jinja that the recipe names in place of the tokenizer's own: it may be a file, and files change."""
-    dataset: Dataset | Mixture
-    held_out: Dataset | Mixture | None
-    """What evaluation reads."""
-    engine: Engine
-    recorder: Recorder
-    checkpointer: Checkpointer
-    step: int = 0
-    """Completed updates."""
-    saved: int = 0
-    """Step of the newest checkpoint that was begun."""
-    evaluated: float | None = None
-    """The loss on held-out text after ``step``, where it was evaluated."""
-    best: float = math.inf
-    """The lowest such loss of a step that was saved before ``step``."""
 
 
 def train(recipe: Recipe, folder: Path, *, before_step: Callable[[Run], None] | None = None) -> str | None:
@@ -130,24 +98,53 @@ def train_step(run: Run) -> StepResult:
         compare_rounding(run)
     run.block.whereabouts.begin("step", step)
     run.engine.begin_step(step)
+    share = run.watch.share(step, saved=run.saved)
+    told = [_wants_to_stop(run), share, *run.recorder.memory_by_rank()]
+    skipped = None
     try:
-        result = run.engine.step(batch, learning_rate=rate, told=[_wants_to_stop(run), *run.recorder.memory_by_rank()])
-    except NotFinite as error:
-        shares = [recipe.batch_plan.samples(step, rank) for rank in error.data_ranks]
-        samples_read = ", ".join(f"{share.start} to {share.stop - 1}" for share in shares)
-        raise RunFailed(f"step {step}: {error} (samples {samples_read}); nothing was updated") from None
+        result = run.engine.step(batch, learning_rate=rate, told=told, judge=partial(run.watch.judge, step))
+    except Untrusted as error:
+        result, skipped = error.result, error.kind
+        if answer(run, step, error) == "rewind":
+            return result
     run.step = step
     run.evaluated = run.recorder.step(
         step,
         result,
         learning_rate=rate,
-        memory=result.told[1:],
+        memory=result.told[2:],
+        skipped=skipped,
         pipeline=run.engine.pipeline,
         evaluation=partial(evaluate, run, run.held_out) if run.held_out and _evaluation_is_due(run) else None,
     )
     if step == recipe.train.steps:
         compare_rounding(run)
     return result
+
+
+def answer(run: Run, step: int, error: Untrusted) -> Literal["skip", "rewind"]:
+    """What the recipe's `faults` says to a step that is not to be trusted. To rewind is to skip where nothing is saved
+    yet: the parameters are as they were.
+
+    Raises:
+        RunFailed: it says stop, or there were too many.
+    """
+    answered = run.watch.answer(step, error)
+    words = f"step {step}: {error} ({_samples(run, step, error.data_ranks)})"
+    if answered == "stop":
+        earlier = ", ".join(f"{step} ({_samples(run, step)})" for step in run.watch.earlier)
+        limit = f"; faults.max_faults={run.recipe.faults.max_faults}, and steps before it were so: {earlier}"
+        raise RunFailed(f"{words}; nothing was updated" + (limit if earlier else ""))
+    run.engine.drop_gradients()
+    replicas = isinstance(error, ReplicasDiffer)
+    if answered == "rewind" and not rewind(run, suspect=replicas and run.saved == run.step):
+        if replicas:
+            raise RunFailed(f"{words}; there is no checkpoint to go back to")
+        answered = "skip"
+    if run.block.rank == 0:
+        about = {"step": step, "cause": str(error), "samples": _samples(run, step, error.data_ranks)}
+        run.recorder.event(answered, **about, fault=error.kind, back_to=run.step if answered == "rewind" else None)
+    return answered
 
 
 def prune(run: Run, step: int, batch: Batch) -> None:
@@ -199,22 +196,21 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     blueprint = draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
     dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
-    _same_on_every_rank("the data's fingerprint", dataset.fingerprint)
+    same_on_every_rank("the data's fingerprint", dataset.fingerprint)
     held_out = None
     if recipe.train.eval_every and (settings := held_out_settings(recipe.data)):
         held_out = prepare(settings, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
-        _same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
+        same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
     if block.rank == 0:
         for part, found in (("training", dataset), ("evaluation", held_out)):
             if found is not None:
                 recorder.event("data", part=part, **found.facts)
     recorder.phase("data")
     blueprint, weights = prepared(recipe, blueprint)
-    adapter = _adapter(recipe, blueprint)
-    teacher = _teacher(recipe, dataset)
+    adapter = adapter_facts(recipe, blueprint)
+    teacher = teacher_fingerprint(recipe, dataset)
     engine = assemble(recipe, block, blueprint, weights)
     recorder.phase("model")
-    used = versions(recipe) if block.rank == 0 else {}
     checkpointer = Checkpointer(
         folder / CHECKPOINTS,
         keep=recipe.checkpoint.keep,
@@ -229,11 +225,12 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         model_config=config.to_dict(),
         adapter=adapter,
         teacher=teacher,
-        versions=used,
+        versions=versions(recipe) if block.rank == 0 else {},
         chat_template=given_source(recipe.data.chat_template),
         dataset=dataset,
         held_out=held_out,
         engine=engine,
+        watch=Watch(recipe.faults, engine, _replicas(recipe, engine)),
         recorder=recorder,
         checkpointer=checkpointer,
     )
@@ -245,7 +242,7 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
         attention = blueprint.model.config._attn_implementation
         if adapter is not None and block.rank == 0:
             recorder.event("adapter", **adapter)
-        recorder.started(run.step, versions=used, attention=attention, layers_of_stages=layers)
+        recorder.started(run.step, versions=run.versions, attention=attention, layers_of_stages=layers)
         yield run
         checkpointer.close()
     except BaseException:
@@ -284,12 +281,36 @@ def resume(run: Run) -> None:
     if stands_at != begins_at:
         words = f"{path.name} stands at sample {stands_at}, and the step after it begins with sample {begins_at}"
         raise UserError(f"{words}; start anew with --fresh")
+    restore(run, path, facts)
+    run.recorder.open(step=run.step, run_id=facts["run_id"])
+
+
+def rewind(run: Run, *, suspect: bool) -> bool:
+    """Go back to the newest checkpoint, in this process; False where there is none. Where the newest is ``suspect``,
+    it is set aside, and the one before it is taken."""
+    run.checkpointer.wait()
+    if suspect and run.block.rank == 0 and (path := steps(run.checkpointer.folder).get(run.saved)):
+        run.recorder.event(
+            "checkpoint_refused", path=str(path), faults=["ranks differed"], moved_to=str(set_aside(path))
+        )
+    path = newest(run.checkpointer.folder, event=run.recorder.event)
+    if path is None:
+        return False
+    restore(run, path, read_facts(path))
+    run.recorder.rewound(run.step)
+    return True
+
+
+def restore(run: Run, path: Path, facts: dict[str, Any]) -> None:
+    """What the checkpoint of this very run holds: tensors, step and what was found until then."""
     tensors = run.engine.tensors()
     load(path, tensors)
     run.step = run.saved = facts["step"]
-    run.engine.resume_at(run.step, tensors)
+    run.evaluated = None
+    if "faults" in facts:  # older checkpoints have none
+        run.watch.resume(facts["faults"])
+    run.engine.resume_at(run.step, tensors, skipped=run.watch.num_skipped(run.step))
     run.best = _best_so_far(run)
-    run.recorder.open(step=run.step, run_id=facts["run_id"])
 
 
 def save(run: Run) -> None:
@@ -307,6 +328,7 @@ def save(run: Run) -> None:
             "next_sample": run.step * run.recipe.train.global_batch,
             "chat_template": run.chat_template,
         },
+        "faults": run.watch.facts(),
         "eval_loss": run.evaluated,
         "versions": run.versions,
         "layout": asdict(run.block.layout),
@@ -337,37 +359,30 @@ def _best_so_far(run: Run) -> float:
     return found[0]
 
 
-def _adapter(recipe: Recipe, blueprint: Blueprint) -> dict[str, Any] | None:
-    """What stands in the checkpoints of an adapter run beside its tensors, the same on every rank."""
-    if recipe.lora is None:
-        return None
-    from cuboid.trainer.adapters import trained_share
-
-    pretrained = recipe.model.pretrained
-    base = None if pretrained is None else fingerprint(local_folder(pretrained))
-    _same_on_every_rank("the frozen model's fingerprint", base or "")
-    settings = settings_of(recipe.lora).model_dump(mode="json")
-    return {"base": base, "settings": settings, **trained_share(blueprint)}
-
-
-def _teacher(recipe: Recipe, dataset: Dataset | Mixture) -> str | None:
-    """Fingerprint of the teacher's files, the same on every rank."""
-    if recipe.distill is None:
-        return None
-    found = fingerprint(local_folder(recipe.distill.teacher))
-    _same_on_every_rank("the teacher's fingerprint", found)
-    if recipe.distill.cache is not None:
-        refuse_other_data(recipe, dataset)
-    return found
-
-
 def _save_is_due(run: Run, *, last: bool) -> bool:
     every = run.recipe.checkpoint.every
+    if run.step == run.saved:  # the run went back to it
+        return False
     return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps or _is_best(run))
 
 
 def _evaluation_is_due(run: Run) -> bool:
     return run.step % run.recipe.train.eval_every == 0 or run.step == run.recipe.train.steps
+
+
+def _replicas(recipe: Recipe, engine: Engine) -> Replicas | None:
+    """What several ranks hold, frozen or not; the deepspeed engine keeps its own in buffers that it divides."""
+    if not recipe.faults.replicas_every or recipe.parallel.engine == "deepspeed":
+        return None
+    return Replicas(engine.tensors() | {f"model.{name}": parameter.detach() for name, parameter in engine.parameters})
+
+
+def _samples(run: Run, step: int, data_ranks: Sequence[int] | None = None) -> str:
+    """Which samples the step reads, or these ranks of it, in words."""
+    plan = run.recipe.batch_plan
+    shares = [plan.samples(step, rank) for rank in data_ranks or ()]
+    shares = shares or [range((step - 1) * plan.global_batch, step * plan.global_batch)]
+    return "samples " + ", ".join(f"{share.start} to {share.stop - 1}" for share in shares)
 
 
 def _wants_to_stop(run: Run) -> float:
@@ -382,14 +397,6 @@ def _agreed_to_stop(run: Run, result: StepResult) -> str | None:
     words = [(run.folder / STOP_FILE).read_text().strip() if run.block.rank == 0 else ""]
     dist.broadcast_object_list(words, src=0)
     return words[0] or "stop"
-
-
-def _same_on_every_rank(what: str, value: str) -> None:
-    values: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise UserError(f"{what} differs: {values[0][:12]} on rank 0, {other[:12]} on rank {rank}")
 
 
 def _seed(*parts: int) -> int:

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from cuboid.parallel.layout import BatchPlan, Layout
 from cuboid.trainer.recipe_distill import DistillSettings
+from cuboid.trainer.recipe_faults import FaultSettings
 from cuboid.trainer.recipe_fields import (
     Count,
     CountOrZero,
@@ -343,6 +344,7 @@ class Recipe(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings
     checkpoint: CheckpointSettings = CheckpointSettings()
+    faults: FaultSettings = FaultSettings()
     track: TrackSettings = TrackSettings()
     runs: Text = "runs"
     """Root of the runs' folders."""

@@ -42,6 +42,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 BelowHalf = Annotated[float, Field(ge=0, lt=0.5)]
 Positive = Annotated[float, Field(gt=0)]
+Factor = Annotated[float, Field(gt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], Strict(False)]
 _LOSS_SCALING = (

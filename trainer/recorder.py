@@ -79,6 +79,12 @@ class Recorder:
             )
         self.phase("tracker")
 
+    def rewound(self, step: int) -> None:
+        """The run went back to ``step``: later ones are cut off, so that each step stands once."""
+        if self.block.rank == 0:
+            self.log.truncate(step)
+        self._last = time.monotonic()
+
     def started(self, step: int, **facts: Any) -> None:
         """Tell where every rank runs, what was chosen, and what the start cost."""
         places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
@@ -110,11 +116,12 @@ class Recorder:
         memory: Sequence[float],
         pipeline: Pipeline,
         evaluation: Callable[[], Evaluation] | None,
+        skipped: str | None,
     ) -> float | None:
         """Write the record of a completed step; the loss of its evaluation, the same on every rank, where it has one.
 
         ``memory`` is `memory_by_rank` summed over ranks; ``evaluation`` is of held-out text, and is called by every
-        rank when the step has been measured.
+        rank when the step has been measured; ``skipped`` says why the step updated nothing.
         """
         self.block.whereabouts.begin("record")
         measured = self._meter.measure(pipeline)
@@ -133,6 +140,7 @@ class Recorder:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": learning_rate,
+            **({"skipped": skipped} if skipped else {}),
             "tokens": step * tokens,
             "tokens_predicted": result.tokens,
             "tokens_per_second": tokens / seconds,

@@ -14,6 +14,7 @@ MAY_DIFFER = (
     "launch",
     "track",
     "checkpoint",
+    "faults",
     "runs",
     "train.log_every",
     "train.eval_every",
@@ -23,7 +24,8 @@ MAY_DIFFER = (
     "data.eval_split",
     "distill.cache",
 )
-"""Settings of the mesh, the launch and the logs: they change no sample and no number beyond rounding."""
+"""Settings of the mesh, the launch and the logs, which change no sample and no number beyond rounding; and what is done
+about a step that is not to be trusted, since a run that has stopped at one may go on past it."""
 
 
 def differences(old: Mapping[str, Any], new: Recipe) -> list[FieldError]:

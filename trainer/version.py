@@ -6,8 +6,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from cuboid.trainer.recipe import Recipe
-
 
 def version() -> str:
     """``0.1.0+g0554cb0``: of the checkout that it runs from (``.dirty`` with changes), else of the built package."""
@@ -21,17 +19,6 @@ def version() -> str:
     except (OSError, subprocess.SubprocessError):  # no git here, or a checkout of somebody else
         return built
     return f"{built.partition('+')[0]}+g{done.stdout.strip().replace('-', '.')}"
-
-
-def versions(recipe: Recipe) -> dict[str, str]:
-    """Of cuboid and of the libraries that the recipe computes with."""
-    optional = {
-        "deepspeed": recipe.parallel.engine == "deepspeed",
-        "peft": recipe.lora is not None,
-        "torchao": recipe.quantize is not None,
-    }
-    names = ["torch", "transformers", *(name for name, is_used in optional.items() if is_used)]
-    return {"cuboid": version(), **{name: metadata.version(name) for name in names}}
 
 
 def torch_version() -> tuple[int, int]:

@@ -200,7 +200,7 @@ class ZeroEngine(Engine):
         return state
 
     @torch.no_grad()
-    def resume_at(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+    def resume_at(self, step: int, tensors: Mapping[str, Tensor], *, skipped: int = 0) -> None:
         for name, parameter, owner in self._by_group(changed=True):
             weight = self._from_owner(tensors.get(f"model.{name}"), parameter, owner)
             with GatheredParameters([parameter], modifier_rank=0):
@@ -212,7 +212,7 @@ class ZeroEngine(Engine):
                 self._set_moment(parameter, value, moment)
         if self._stage < 3:
             self._optimizer.refresh_fp32_params()
-        set_step(self._optimizer.optimizer, self._flat, step)
+        set_step(self._optimizer.optimizer, self._flat, step - skipped)
 
     def _from_owner(self, tensor: Tensor | None, parameter: nn.Parameter, owner: int) -> Tensor:
         """What the data rank ``owner`` read, on every data rank."""

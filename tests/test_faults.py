@@ -1,0 +1,134 @@
+"""Steps that are not to be trusted: skipped, gone back before, or the run's end, and the same run afterwards."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import RanksFailed, run_ranks
+from runs import STEPS, check_resumed, events, recipe_on, run, saved_facts, shards
+
+from cuboid.parallel.gradients import local
+from cuboid.parallel.loss import SummedCrossEntropy
+from cuboid.trainer.engine import NativeEngine
+from cuboid.trainer.loop import train
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.runlog import STOP_FILE, read_metrics
+
+NAN = float("nan")
+POISON = {5: NAN, 7: 1e4}
+"""By step, what the loss of one data rank is multiplied with."""
+
+
+def on(mesh: str, **faults: Any) -> Recipe:
+    recipe = recipe_on(mesh, **({"microbatches": 2, "shard": False} if mesh == "1x4x1" else {}))
+    return Recipe.model_validate({**recipe.model_dump(), "faults": faults})
+
+
+def _train_poisoned(
+    recipe: Recipe, folder: Path, poison: Mapping[int, float], flips: Mapping[int, str], stop_in: int = 0
+) -> None:
+    """The last rank's loss is wrong in the steps of ``poison``, whenever they come. Before the steps of ``flips``, the
+    first time, it flips a bit of a parameter."""
+    begin, loss, left, factor = NativeEngine.begin_step, SummedCrossEntropy.__call__, dict(flips), [1.0]
+    is_last = int(os.environ["RANK"]) == recipe.layout.world_size - 1
+
+    def begin_step(engine: NativeEngine, step: int) -> None:
+        begin(engine, step)
+        factor[0] = poison.get(step, 1.0) if is_last else 1.0
+        if is_last and (name := left.pop(step, None)):
+            local(dict(engine.parameters)[name].detach()).view(torch.int32).view(-1)[3] ^= 1 << 22
+        if step == stop_in and os.environ["RANK"] == "0":
+            (folder / STOP_FILE).write_text("pause")
+
+    def call(self: SummedCrossEntropy, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss(self, logits, labels) * factor[0]
+
+    NativeEngine.begin_step = begin_step  # type: ignore[method-assign]
+    SummedCrossEntropy.__call__ = call  # type: ignore[method-assign]
+    train(recipe, folder)
+
+
+def poisoned(recipe: Recipe, folder: Path, poison: Mapping[int, float], **more: Any) -> list[dict[str, Any]]:
+    flips = more.pop("flips", {})
+    run_ranks(_train_poisoned, recipe.layout.world_size, recipe, folder, poison, flips, *more.values(), timeout=120)
+    return read_metrics(folder)
+
+
+SPIKES = {"spike_factor": 10.0, "window": 4}
+
+
+@pytest.mark.parametrize("mesh", ["2x2x1", pytest.param("2x2x2", marks=pytest.mark.full)])
+def test_skipped_gone_back_and_resumed_runs_are_the_same(tmp_path: Path, mesh: str) -> None:
+    """Bit for bit: all of them update nothing in steps 5 and 7."""
+    skipping = on(mesh, not_finite="skip", spike="skip", **SPIKES)
+    metrics = poisoned(skipping, tmp_path / "skip", POISON)
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    assert {row["step"]: row["skipped"] for row in metrics if "skipped" in row} == {5: "not_finite", 7: "spike"}
+    assert [row["loss"] is None for row in metrics] == [row["step"] == 5 for row in metrics]
+    assert all(math.isfinite(row["loss"]) for row in metrics if row["step"] != 5)
+    own = "36 to 39"
+    first, second = events(tmp_path / "skip", "skip")
+    assert (first["step"], second["step"]) == (5, 7)
+    assert own in first["samples"]
+    assert second["samples"] == "samples 48 to 55"
+    assert "times the median of the last 4 steps" in second["cause"]
+    expected = shards(tmp_path / "skip", STEPS)
+
+    rewinding = on(mesh, not_finite="rewind", spike="rewind", **SPIKES)
+    metrics = poisoned(rewinding, tmp_path / "rewind", POISON)
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    told = [(event["step"], event["back_to"]) for event in events(tmp_path / "rewind", "rewind")]
+    assert told == [(5, 3), (7, 6)]
+    assert [event["step"] for event in events(tmp_path / "rewind", "checkpoint")] == [3, 6, 9]
+    assert shards(tmp_path / "rewind", STEPS) == expected
+
+    folder = tmp_path / "resumed"
+    assert [row["step"] for row in poisoned(skipping, folder, POISON, stop_in=6)] == [1, 2, 3, 4, 5, 6]
+    assert saved_facts(folder)[6]["faults"]["skipped"] == [5]
+    (folder / STOP_FILE).unlink()
+    poisoned(skipping, folder, POISON)
+    check_resumed(folder, at=6)
+    assert saved_facts(folder)[STEPS]["faults"] == saved_facts(tmp_path / "skip")[STEPS]["faults"]
+    assert shards(folder, STEPS) == expected
+
+
+def test_too_many_faults_stop_the_run(tmp_path: Path) -> None:
+    """And another policy goes on past them."""
+    recipe = on("1x2x1", not_finite="skip", max_faults=2)
+    words = r"RunFailed: step 6: the loss is nan.*\(samples 44 to 47\); nothing was updated; faults.max_faults=2, "
+    words += r"and steps before it were so: 4 \(samples 24 to 31\), 5 \(samples 32 to 39\)"
+    with pytest.raises(RanksFailed, match=words):
+        poisoned(recipe, tmp_path, dict.fromkeys((4, 5, 6), NAN))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    poisoned(on("1x2x1", not_finite="skip", max_faults=3), tmp_path, dict.fromkeys((4, 5, 6), NAN))
+    check_resumed(tmp_path, at=3)
+    assert saved_facts(tmp_path)[STEPS]["faults"]["skipped"] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "words"),
+    [
+        ("1x4x1", "model.layers.0.mlp.up_proj.weight", "rank 3 holds other bits of {} than the 3 others"),
+        ("2x1x2", "model.norm.weight", "ranks 2 and 3 hold different bits of {}"),
+        pytest.param(
+            "2x1x1", "model.embed_tokens.weight", "ranks 0 and 1 hold different bits of {}", marks=pytest.mark.full
+        ),
+    ],
+)
+def test_a_flipped_bit_is_found_and_the_run_goes_back(tmp_path: Path, mesh: str, name: str, words: str) -> None:
+    """Flipped before step 6: found in step 7, since the checkpoint of step 6 is looked at then, and set aside."""
+    recipe = on(mesh, replicas="rewind")
+    poisoned(recipe, tmp_path / "flipped", {}, flips={6: name})
+    (found,) = events(tmp_path / "flipped", "rewind")
+    assert (found["step"], found["back_to"], found["fault"]) == (7, 3, "replicas")
+    assert found["cause"].startswith(words.format(name))
+    (refused,) = events(tmp_path / "flipped", "checkpoint_refused")
+    assert refused["path"].endswith("step-00000006")
+    run(recipe, tmp_path / "sound")
+    assert shards(tmp_path / "flipped", STEPS) == shards(tmp_path / "sound", STEPS)
