@@ -15,13 +15,16 @@ import typer
 
 from cuboid.launch.export_options import ExportOptions, takes
 from cuboid.launch.slurm_options import SlurmOptions
+from cuboid.launch.submit_options import ADDRESS, INSECURE, SubmitOptions
 
 _EXTRAS = {
+    "aiohttp": "ray",
     "datasets": "data",
     "lm_eval": "eval",
     "matplotlib": "track",
     "peft": "lora",
     "ray": "ray",
+    "requests": "ray",
     "torch": "train",
     "torchao": "quantize",
     "transformers": "train",
@@ -276,6 +279,58 @@ def slurm(options: SlurmOptions) -> None:
         from cuboid.launch.slurm import slurm
 
         slurm(options)
+
+
+@app.command()
+@takes(SubmitOptions)
+def submit(options: SubmitOptions) -> None:
+    """Send a recipe to a Ray cluster, code and small files with it, and follow its run; exit code: the run's."""
+    with told():
+        from cuboid.launch import submit as submission
+
+        code = submission.submit(options)
+    raise typer.Exit(code)
+
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="A job, as `cuboid jobs` lists it.")]
+
+
+@app.command()
+def jobs(address: Annotated[str, ADDRESS], insecure: Annotated[bool, INSECURE] = False) -> None:
+    """List the jobs that `cuboid submit` has sent to a cluster, newest first."""
+    with told():
+        from cuboid.launch import submit as submission
+
+        submission.print_jobs(submission.connect(address, insecure=insecure))
+
+
+@app.command()
+def logs(
+    job: JobId,
+    address: Annotated[str, ADDRESS],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends; exit code: the job's.")] = False,
+    insecure: Annotated[bool, INSECURE] = False,
+) -> None:
+    """Show what a job has printed."""
+    code = 0
+    with told():
+        from cuboid.launch import submit as submission
+
+        connected = submission.connect(address, insecure=insecure)
+        if follow:
+            code = submission.follow(connected, job)
+        else:
+            submission.print_logs(connected, job)
+    raise typer.Exit(code)
+
+
+@app.command()
+def stop(job: JobId, address: Annotated[str, ADDRESS], insecure: Annotated[bool, INSECURE] = False) -> None:
+    """Stop a job after a checkpoint; the same submission again goes on from there."""
+    with told():
+        from cuboid.launch import submit as submission
+
+        submission.stop(submission.connect(address, insecure=insecure), job)
 
 
 @app.command()

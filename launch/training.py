@@ -16,6 +16,7 @@ from pathlib import Path
 from cuboid.launch import worker
 from cuboid.launch.failures import STOPPED, shown
 from cuboid.launch.run_folder import newest_step, open_run_folder
+from cuboid.launch.submitted import tell_version, was_sent
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.check import Devices, check, local_devices, resolve_devices, runs_elsewhere
 from cuboid.trainer.check_engine import compile_notice
@@ -38,6 +39,7 @@ def train(name: str, overrides: Sequence[str], *, resume: bool | None) -> int:
     Raises:
         UserError: everything that is wrong with the recipe, the machine or the run's folder, before any rank starts.
     """
+    tell_version()
     recipe = checked_recipe(name, overrides)
     with open_run_folder(recipe, "auto" if resume is None else "resume" if resume else "fresh") as folder:
         done = newest_step(folder)
@@ -48,7 +50,8 @@ def train(name: str, overrides: Sequence[str], *, resume: bool | None) -> int:
             code = _launch(recipe, folder)
         if code == 0:
             print("\n".join(closing_lines(recipe, folder)))
-        elif code in STOPPED.values() and recipe.launch.launcher != "slurm":  # its batch script says or does it
+        elif code in STOPPED.values() and recipe.launch.launcher != "slurm" and not was_sent():
+            # the batch script of a Slurm job says or does it; a sent job goes on by being submitted again
             print(f"go on with: {this_command()} {shlex.join(['train', name, *overrides])}")
     return code
 

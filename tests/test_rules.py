@@ -36,7 +36,7 @@ DOORS = {
     "matplotlib": {"trainer/timeline.py"},
     "peft": {"recipes/compare_answers.py", "trainer/adapters.py"},
     "pydantic": {"trainer/recipe.py", "trainer/recipe_fields.py"},
-    "ray": {"launch/ray_group.py", "launch/ray_room.py"},
+    "ray": {"launch/ray_group.py", "launch/ray_jobs.py", "launch/ray_room.py"},
     "rich": {"launch/data.py", "launch/progress.py"},
     "safetensors": {"trainer/low_rank_format.py", "trainer/restore.py", "trainer/weights.py"},
     "torch.distributed.device_mesh.DeviceMesh.from_group": {"parallel/mesh.py"},
@@ -60,7 +60,7 @@ DOORS = {
         "recipes/compare_answers.py",
         "recipes/prepare_smollm2.py",
     },
-    "typer": {"launch/cli.py", "launch/export_options.py", "launch/slurm_options.py"},
+    "typer": {"launch/cli.py", "launch/export_options.py", "launch/slurm_options.py", "launch/submit_options.py"},
     "wandb": {"trainer/track.py"},
     "yaml": {"trainer/recipe_yaml.py"},
     # Nothing unpickles, and nothing outside decides what is imported.
