@@ -142,6 +142,9 @@ class CountingSlice:
     def get_shape(self) -> list[int]:
         return self.whole.get_shape()
 
+    def get_dtype(self) -> str:
+        return self.whole.get_dtype()
+
     def __getitem__(self, part: tuple[slice, ...]) -> torch.Tensor:
         cut = self.whole[part]
         self.read[self.name] += cut.numel()

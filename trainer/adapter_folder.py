@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cuboid.parallel.errors import FieldError, UserError
+from cuboid.trainer.foreign import check_folder, read_json
 from cuboid.trainer.recipe_lora import LoraSettings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,7 +59,8 @@ def settings_of(lora: LoraSettings) -> LoraSettings:
             constraint = f"has no {name}"
             raise FieldError("lora.adapter", lora.adapter, constraint, "give a folder that peft's save_pretrained made")
     try:
-        said: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        check_folder(folder)
+        said: dict[str, Any] = read_json(folder / CONFIG)
         given = {ours: said[theirs] for theirs, ours in _OURS.items() if said.get(theirs) is not None}
         own = {"rank": said["r"], "alpha": float(said["lora_alpha"]), "adapter": lora.adapter, "base": lora.base}
         settings = LoraSettings.model_validate({**given, **own})
@@ -93,7 +93,6 @@ def settings_and_base(folder: Path) -> tuple[LoraSettings, str]:
         settings = settings_of(LoraSettings(adapter=str(folder)))
     except FieldError as error:
         raise UserError(f"{folder} {error.constraint}; {error.remedy}") from None
-    said: Mapping[str, Any] = json.loads((folder / CONFIG).read_text())
-    if not (base := said.get("base_model_name_or_path")):
+    if not (base := read_json(folder / CONFIG).get("base_model_name_or_path")):
         raise UserError(f"{folder}: its {CONFIG} names no base_model_name_or_path; write the model's folder into it")
     return settings, str(base)

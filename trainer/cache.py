@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from cuboid.parallel.errors import UserError
+from cuboid.trainer.foreign import open_plain, read_json
 
 Facts = dict[str, Any]
 
@@ -78,11 +79,19 @@ def say(words: str) -> None:
 def facts_of(entry: Path) -> Facts | None:
     """The entry's facts, or None where there is none that is whole."""
     try:
-        facts: Facts = json.loads((entry / "facts.json").read_bytes())
-        sizes = {name: (entry / name).stat().st_size for name in facts["bytes"]}
+        facts = read_json(entry / "facts.json")
+        sizes = {name: _plain_size(entry, name) for name in facts["bytes"]}
         return facts if sizes == facts["bytes"] else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _plain_size(entry: Path, name: str) -> int:
+    """Bytes of a plain file within an entry. Raises ValueError where the name leaves it, OSError where it is none."""
+    if Path(name).name != name:
+        raise ValueError(f"{name} is not a file of the entry")
+    with open_plain(entry / name, follow=False) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _build(entry: Path, write: Callable[[Path], Facts]) -> None:

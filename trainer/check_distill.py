@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuboid.parallel.errors import FieldError, UserError
-from cuboid.trainer.cache import facts_of
+from cuboid.trainer.cache import Facts, facts_of
 from cuboid.trainer.recipe import ModelSettings, Recipe
 from cuboid.trainer.recipe_distill import DistillSettings
 
@@ -89,7 +89,7 @@ def cache_errors(recipe: Recipe) -> Iterator[FieldError]:
         yield FieldError("distill.cache", settings.cache, constraint, "give distill.top_k, or no cache")
         return
     facts = facts_of(Path(settings.cache).expanduser())
-    if facts is None or facts.get("format") != CACHE_FORMAT:
+    if facts is None or facts.get("format") != CACHE_FORMAT or not _is_consistent(facts):
         remedy = "write them first: cuboid teach RECIPE; or use null"
         yield FieldError("distill.cache", settings.cache, "holds no predictions of a teacher", remedy)
         return
@@ -105,6 +105,16 @@ def cache_errors(recipe: Recipe) -> Iterator[FieldError]:
     if wrong:
         constraint = f"was written with {' and '.join(wrong)}"
         yield FieldError("distill.cache", settings.cache, constraint, f"use the same, or {REWRITE}")
+
+
+def _is_consistent(facts: Facts) -> bool:
+    """Whether the files have the sizes that follow from what the facts say of them."""
+    samples, length, top_k = (facts.get(name) for name in ("samples", "sequence_length", "top_k"))
+    if not all(type(number) is int and number > 0 for number in (samples, length, top_k)):
+        return False
+    row = {"keys.bin": 8, "rows.bin": 8, "values.bin": 4 * length * (top_k + 1), "ids.bin": 4 * length * top_k}
+    names = {"temperature", "teacher", "data"}
+    return facts["bytes"] == {name: samples * size for name, size in row.items()} and facts.keys() >= names
 
 
 def teach_errors(recipe: Recipe) -> Iterator[FieldError]:

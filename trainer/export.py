@@ -135,7 +135,9 @@ def trained_config(facts: Mapping[str, Any], weights: Weights) -> transformers.P
             bytes_of[record.dtype] += record.bytes
         config.dtype = DTYPES[bytes_of.most_common(1)[0][0]]
         with torch.device("meta"):
-            config.architectures = [type(transformers.AutoModelForCausalLM.from_config(config)).__name__]
+            config.architectures = [
+                type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)).__name__
+            ]
     except Exception as error:  # an unknown family, or values that its class refuses, each in its own way
         raise CheckpointError(f"{weights.path}: its model_config is not one of {family}: {error}") from error
     return config
@@ -245,7 +247,7 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
         RunFailed: it is over what rounding gives, or the architecture and the checkpoint do not have the same tensors.
     """
     ids = probe(config)
-    direct = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+    direct = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False).eval()
     parameters = {name: parameter.data for name, parameter in direct.named_parameters()}
     if faults := weights.faults(parameters):
         raise RunFailed(f"{weights.path} cannot be exported as {type(direct).__name__}: {'; '.join(faults[:5])}")
@@ -253,7 +255,9 @@ def _difference(folder: Path, weights: Weights, config: transformers.PretrainedC
     expected = direct(ids).logits
     del direct, parameters
     with without_progress_bar():
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, local_files_only=True)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=config.dtype, local_files_only=True, trust_remote_code=False
+        )
     difference = (loaded.eval()(ids).logits - expected).abs().max().item()
     limit = TOLERANCE if is_whole else CUT_TOLERANCE * expected.abs().max().item()
     if not difference <= limit:

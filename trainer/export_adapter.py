@@ -175,7 +175,9 @@ def _check_names(folder: Path, weights: Weights) -> None:
 
 def _loaded(folder: Path) -> nn.Module:
     with without_progress_bar():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
 
 
 @torch.no_grad()

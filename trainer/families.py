@@ -47,7 +47,9 @@ def _difference(config: transformers.PretrainedConfig) -> float:
     """Largest difference of logits between the model and its stages, relative to the largest logit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         for parameter in model.parameters():  # away from initial values, at which whole parts can be idle
             parameter.add_(0.1 * torch.randn_like(parameter))
         ids = torch.randint(config.vocab_size, (2, 16))

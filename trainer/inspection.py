@@ -112,6 +112,8 @@ def inspect(path: Path) -> dict[str, Any]:
         CheckpointError: it is not a whole checkpoint.
     """
     path = resolve(path)
+    if fault := incomplete(path):
+        raise CheckpointError(fault)
     manifest = read_manifest(path)
     table = read_table(path, manifest)
     return {
@@ -144,6 +146,8 @@ def _fault(path: Path, name: str, manifest: Manifest) -> str:
 
 def _changed_part(path: Path, name: str, file: BufferedReader, manifest: Manifest) -> str:
     """Where in a changed file the change begins, in words; nothing where tensors.json cannot say it."""
+    if incomplete(path):
+        return ""
     try:
         table = read_table(path, manifest)
     except CheckpointError:

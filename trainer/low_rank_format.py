@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cuboid.parallel.errors import UserError
+from cuboid.trainer.foreign import check_folder, read_json
 
 LOW_RANK = "cuboid_low_rank"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -79,8 +80,9 @@ def load_low_rank(folder: Path) -> transformers.PreTrainedModel:
     Raises:
         UserError: the files are not what the config says.
     """
+    check_folder(folder)
     config = read_low_rank_config(folder)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
     try:
         for name, layer in _described(folder)["layers"].items():
             model.set_submodule(name, Product(model.get_submodule(name), layer["rank"], layer["error"]))
@@ -103,7 +105,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _described(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / _CONFIG).read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / _CONFIG)
+    except UserError:  # told by whoever reads it as a model of transformers
         return {}
-    return values if isinstance(values, dict) else {}

@@ -20,14 +20,14 @@ import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from io import BufferedReader, FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from cuboid.parallel.errors import UserError
+from cuboid.trainer.foreign import JSON_BYTES, open_plain, parse_json
 
 FORMAT = 1
 MANIFEST, FACTS, TENSORS, LATEST, BEST = "manifest.json", "facts.json", "tensors.json", "latest", "best"
@@ -35,7 +35,6 @@ PARTIAL = ".partial-"
 REFUSED = ".refused"
 _STEP = re.compile(r"step-(\d{8,18})")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_JSON_BYTES = 1 << 30
 
 
 class CheckpointError(UserError):
@@ -107,19 +106,16 @@ def open_file(folder: Path, name: str) -> BufferedReader:
     if not _FILE.fullmatch(name):
         raise CheckpointError(f"{folder} names the file {name!r}, which is not a plain name inside the folder; refused")
     try:
-        descriptor = os.open(Path(folder) / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_plain(Path(folder) / name, follow=False)
     except OSError as error:
         link = os.path.islink(Path(folder) / name)
-        raise CheckpointError(f"{folder}: {name}: {'is a link; refused' if link else error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{folder}: {name} is not a plain file; refused")
-    return BufferedReader(FileIO(descriptor))
+        refusal = "is a link; refused" if link else error.strerror if error.errno else f"{error.strerror}; refused"
+        raise CheckpointError(f"{folder}: {name}: {refusal}") from error
 
 
-def read_json(folder: Path, name: str, record: FileRecord | None = None) -> dict[str, Any]:
-    """One JSON object of a checkpoint, checked against its manifest's ``record`` where given."""
-    return _parse(_content(folder, name, record), f"{folder}: {name}")
+def read_json(folder: Path, name: str, record: FileRecord, *, beside: int = 0) -> dict[str, Any]:
+    """One JSON object of a checkpoint, checked against its manifest's ``record``; ``beside`` as for `parse_json`."""
+    return _parse(_content(folder, name, record, beside), f"{folder}: {name}", beside)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -197,28 +193,19 @@ def what_instead(path: Path) -> str:
 _PICKLES = {".distcp", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
-def _content(folder: Path, name: str, record: FileRecord | None) -> bytes:
+def _content(folder: Path, name: str, record: FileRecord | None, beside: int = 0) -> bytes:
     with open_file(folder, name) as file:
-        content = file.read(_JSON_BYTES + 1)
-    if len(content) > _JSON_BYTES:
-        raise CheckpointError(f"{folder}: {name} is larger than {_JSON_BYTES} bytes; refused")
+        content = file.read(JSON_BYTES + beside + 1)
     if record and hashlib.sha256(content).hexdigest() != record.sha256:
         raise CheckpointError(f"{folder}: {name} is not what its manifest says (SHA-256 differs)")
     return content
 
 
-def _parse(content: bytes, where: str) -> dict[str, Any]:
+def _parse(content: bytes, where: str, beside: int = 0) -> dict[str, Any]:
     try:
-        parsed = json.loads(content, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(content, beside=beside)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not the JSON it should be ({error})") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where} is not a JSON object")
     return parsed
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    pairs = list(pairs)
-    if len(unique := dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice")
-    return unique

@@ -18,6 +18,7 @@ from cuboid.parallel.expert import choice
 from cuboid.parallel.quantization import linears
 from cuboid.parallel.stages import Anatomy, Costs, Masks
 from cuboid.parallel.tensor import Plan, Role, adapted, pattern
+from cuboid.trainer.foreign import reason
 from cuboid.trainer.plans import USE_PROVEN, part_names, tensor_styles
 
 _ROLES = {
@@ -81,12 +82,19 @@ def draw_blueprint(
 ) -> Blueprint:
     """Build the model's shape on `meta` and find its parts.
 
-    Raises `FieldError` for a family whose parts or attention are not of the known shape.
+    Raises `FieldError` for a config of which no model can be built, and for a family whose parts or attention are not
+    of the known shape.
     """
     config.use_cache = False
-    with torch.device("meta"):
-        kwargs = {} if attention == "auto" else {"attn_implementation": attention}
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
+    kwargs = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False, **kwargs
+            )
+    except Exception as error:  # sizes that do not fit one another, which each family meets in its own way
+        constraint = f"cannot be built from its config: {reason(error)}"
+        raise FieldError("model.model_type", config.model_type, constraint, "mend the config") from error
     return Blueprint(config, model.train(), find_parts(model), DTYPES[compute])
 
 
@@ -94,7 +102,7 @@ def whole_model(blueprint: Blueprint) -> transformers.PreTrainedModel:
     """The model as transformers computes it, in this process's memory, with values that are still to be set."""
     attention = blueprint.model.config._attn_implementation
     model = transformers.AutoModelForCausalLM.from_config(
-        blueprint.config, dtype=torch.float32, attn_implementation=attention
+        blueprint.config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
     return model.train()
 

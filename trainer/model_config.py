@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cuboid.parallel.errors import FieldError, UserError, UserErrors, one_of
 from cuboid.trainer.depth import kept_layers, shallower
+from cuboid.trainer.foreign import check_folder, reason
 from cuboid.trainer.plans import USE_PROVEN
 from cuboid.trainer.recipe import ModelSettings, Recipe
 from cuboid.trainer.recipe_errors import nearest, shown
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _HUB_SECONDS = 10
+_MOST_LAYERS = 10_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -32,9 +34,17 @@ def read_checked_config(settings: ModelSettings) -> PretrainedConfig:
     if not hasattr(config, "num_hidden_layers"):
         constraint = "holds no layers of its own: it joins several models, as of text and images"
         raise FieldError("model.model_type", config.model_type, constraint, "use the text model alone")
+    check_depth(config)
     if settings.layers is not None:
         return shallower(config, kept_layers(settings.layers, config.num_hidden_layers))
     return config
+
+
+def check_depth(config: PretrainedConfig) -> None:
+    """Raises FieldError where a config counts layers that would be built for ever, also without any values."""
+    layers = getattr(config, "num_hidden_layers", 1)
+    if type(layers) is not int or not 1 <= layers <= _MOST_LAYERS:
+        raise FieldError("num_hidden_layers", shown(layers), "is no model's", f"use 1 to {_MOST_LAYERS}")
 
 
 def layers_in_folder(settings: ModelSettings) -> Sequence[int]:
@@ -105,7 +115,7 @@ def _from_values(values: dict[str, Any]) -> PretrainedConfig:
         with _quiet():
             return AutoConfig.for_model(family, **arguments)
     except Exception as error:  # transformers checks values in many ways, each with its own class
-        constraint = f"cannot be made of these values: {_reason(error)}"
+        constraint = f"cannot be made of these values: {reason(error)}"
         raise FieldError("model.config.model_type", family, constraint) from error
 
 
@@ -156,7 +166,7 @@ def _from_pretrained(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder if folder.exists() else name, trust_remote_code=False)
     except Exception as error:  # no network, no such revision, an unknown family, a broken file
-        raise FieldError("model.pretrained", name, f"has no config that can be read ({_reason(error)})") from error
+        raise FieldError("model.pretrained", name, f"has no config that can be read ({reason(error)})") from error
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -167,6 +177,10 @@ def _check_folder(name: str, folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         constraint = "has no *.safetensors; weights in a pickle (*.bin, *.pt) are never read"
         raise FieldError("model.pretrained", name, constraint, "save the model again with save_pretrained")
+    try:
+        check_folder(folder)
+    except UserError as error:
+        raise FieldError("model.pretrained", name, f"is not read: {error}") from error
 
 
 def _check_hub(name: str) -> None:
@@ -184,12 +198,5 @@ def _check_hub(name: str) -> None:
     except RepositoryNotFoundError as error:
         raise FieldError("model.pretrained", name, f"{missing} and no public model on the hub") from error
     except Exception as error:  # the transport's own classes: no route, a proxy, a time-out
-        constraint = f"{missing}, and the hub cannot be asked ({_reason(error)})"
+        constraint = f"{missing}, and the hub cannot be asked ({reason(error)})"
         raise FieldError("model.pretrained", name, constraint, "make the folder, or connect to the network") from error
-
-
-def _reason(error: Exception) -> str:
-    """The part of a library's message that says what is wrong, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    last = lines[-1] if lines[0].endswith(":") else lines[0]
-    return re.sub(r"^\w*Error: ", "", last)

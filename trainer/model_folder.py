@@ -17,9 +17,11 @@ from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer import inspection
 from cuboid.trainer.adapter_folder import is_adapter_folder, settings_and_base
 from cuboid.trainer.export import Exported, export_hf, probe, without_progress_bar
+from cuboid.trainer.foreign import check_folder, reason
 from cuboid.trainer.low_rank_format import is_low_rank, load_low_rank, read_low_rank_config
 from cuboid.trainer.manifest import MANIFEST
 from cuboid.trainer.model import draw_blueprint, local_folder
+from cuboid.trainer.model_config import check_depth
 from cuboid.trainer.out_folder import disk_errors_of
 from cuboid.trainer.publish import discard
 from cuboid.trainer.recipe import Recipe, validated
@@ -100,12 +102,12 @@ def _merge(adapter: Path, out: Path) -> None:
     try:
         folder = local_folder(base)
     except (OSError, ValueError) as error:  # the hub's, of an id that it does not have, or that is none
-        raise UserError(f"{adapter}: its model {base} is not here: {_first_line(error)}") from error
+        raise UserError(f"{adapter}: its model {base} is not here: {reason(error)}") from error
     blueprint = draw_blueprint(read_config(folder))
     try:
         wrong = misfits(blueprint, settings)  # peft would leave out what it does not find
-    except ValueError as error:  # peft's, of targets that the model does not have
-        wrong = [_first_line(error)]
+    except Exception as error:  # peft's, of targets that the model does not have, or sizes that none has
+        wrong = [reason(error)]
     if wrong:
         raise UserError(f"{adapter} is no adapter of {base}: {'; '.join(wrong[:_SHOWN])}")
     model: Any = load_adapter(load_model(folder), adapter)
@@ -119,10 +121,13 @@ def read_config(folder: Path) -> Config:
     """The folder's config; raises UserError where transformers does not know it."""
     if is_low_rank(folder):
         return read_low_rank_config(folder)
+    check_folder(folder)
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is not a model's folder: {_first_line(error)}") from error
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_depth(config)
+        return config
+    except Exception as error:  # each class of a config refuses its values in its own way
+        raise UserError(f"{folder} is not a model's folder: {reason(error)}") from error
 
 
 def load_model(folder: Path, **changes: Any) -> Model:
@@ -133,6 +138,7 @@ def load_model(folder: Path, **changes: Any) -> Model:
     """
     if is_low_rank(folder):
         return load_low_rank(folder)
+    read_config(folder)
     try:
         with quietly():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -144,8 +150,8 @@ def load_model(folder: Path, **changes: Any) -> Model:
                 output_loading_info=True,
                 **changes,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # config and weights can be wrong in as many ways as there are classes
+        raise UserError(f"{folder} cannot be loaded: {reason(error)}") from error
     strange = {f"{name} is missing" for name in info["missing_keys"]}
     strange |= {f"{name} is too much" for name in info["unexpected_keys"]}
     strange |= {f"{mismatch[0]} has another shape" for mismatch in info["mismatched_keys"]}
@@ -158,7 +164,7 @@ def load_model(folder: Path, **changes: Any) -> Model:
 def on_meta(config: Config) -> Model:
     """The config's model without values: its modules and shapes."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def linears(model: Model) -> Iterator[tuple[str, nn.Linear]]:
@@ -186,11 +192,12 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         UserError: there is none.
     """
+    check_folder(folder)
     try:
         with quietly():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} has no tokenizer: {_first_line(error)}") from error
+    except Exception as error:  # as of a model
+        raise UserError(f"{folder} has no tokenizer: {reason(error)}") from error
 
 
 def refuse_compressed(folder: Path) -> None:
@@ -215,7 +222,3 @@ def check_equal(found: Tensor, expected: Tensor, folder: Path) -> None:
 def weight_bytes(folder: Path) -> int:
     """Size of the folder's safetensors files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from cuboid.trainer.manifest import FACTS, CheckpointError, Manifest, open_file, read_json, read_manifest
+from cuboid.parallel.errors import UserError
+from cuboid.trainer.foreign import check_tensors_file
+from cuboid.trainer.manifest import FACTS, TENSORS, CheckpointError, Manifest, open_file, read_json, read_manifest
 from cuboid.trainer.shards import DTYPES, NAMES
 from cuboid.trainer.tensor_table import Chunk, TensorRecord
 
@@ -63,12 +65,16 @@ def read_tensors(path: Path, table: Mapping[str, TensorRecord], tensors: Mapping
     for name, items in sorted(by_file.items()):
         open_file(path, name).close()  # no link, no device
         try:
+            check_tensors_file(path / name)
             with safe_open(path / name, framework="pt") as file:
-                for _, item in sorted(items, key=lambda pair: pair[0].start):
+                for chunk, item in sorted(items, key=lambda pair: pair[0].start):
+                    tensor = item.storage_index.fqn
+                    piece = file.get_slice(tensor)
+                    if (piece.get_dtype(), tuple(piece.get_shape())) != (table[tensor].dtype, chunk.sizes):
+                        raise SafetensorError(f"{tensor} has not the dtype and shape that {TENSORS} says")
                     box = zip(item.storage_offsets, item.lengths, strict=True)
-                    stored = file.get_slice(item.storage_index.fqn)[tuple(slice(at, at + size) for at, size in box)]
-                    planner.resolve_tensor(item).copy_(stored)
-        except (SafetensorError, OSError, RuntimeError) as error:
+                    planner.resolve_tensor(item).copy_(piece[tuple(slice(at, at + size) for at, size in box)])
+        except (SafetensorError, UserError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {name} is not the safetensors file that it should be ({error})") from error
 
 

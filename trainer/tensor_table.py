@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cuboid.trainer.manifest import TENSORS, CheckpointError, Manifest, read_json
+from cuboid.trainer.manifest import FACTS, TENSORS, CheckpointError, Manifest, read_json
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -61,14 +61,15 @@ def encode_table(table: Mapping[str, TensorRecord]) -> bytes:
 
 
 def read_table(folder: Path, manifest: Manifest) -> dict[str, TensorRecord]:
-    """The tensors of the checkpoint at ``folder`` by name.
+    """The tensors of the checkpoint at ``folder``, whose files have the sizes that its manifest says, by name.
 
     Raises:
         CheckpointError: changed, or a piece lies outside its tensor, its file or the folder, or pieces do not fill a
             tensor.
     """
     table = {}
-    for name, entry in read_json(folder, TENSORS, manifest.files[TENSORS]).items():
+    described = sum(record.size for name, record in manifest.files.items() if name not in (TENSORS, FACTS))
+    for name, entry in read_json(folder, TENSORS, manifest.files[TENSORS], beside=described).items():
         try:
             record = _record(entry)
             fault = _fault(record, manifest)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cuboid.parallel.errors import FieldError
+from cuboid.trainer.foreign import check_folder, reason
 
 BYTES = "bytes"
 _END_OF_DOCUMENT = 256
@@ -81,13 +82,13 @@ class PretrainedTokenizer:
         try:
             from transformers import AutoTokenizer
 
+            if place.is_dir():
+                check_folder(place)
             source = str(place) if place.is_dir() else name
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # transformers tells a missing tokenizer in many ways
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise FieldError(
-                field, name, f"gives no tokenizer ({reason})", "use bytes, a folder or a hub id"
-            ) from error
+            constraint = f"gives no tokenizer ({reason(error)})"
+            raise FieldError(field, name, constraint, "use bytes, a folder or a hub id") from error
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.end: int | None = self._tokenizer.eos_token_id
         plain: list[int] = self._tokenizer("x")["input_ids"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import prod
@@ -13,13 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cuboid.parallel.errors import UserError
+from cuboid.parallel.errors import UserError, one_of
 from cuboid.parallel.gradients import local
 from cuboid.parallel.local import owned_slices
+from cuboid.trainer.foreign import check_folder, check_tensors_file, read_json
 from cuboid.trainer.hf_layout import Tile, tiles
 
 _PROBES, _PROBE_BYTES = 64, 2**16
 """How many blocks of each file a fingerprint reads, and how large: a small file is read whole."""
+_WEIGHTS = ("F64", "F32", "F16", "BF16")
+"""Numbers that are weights as they stand; of fewer bits they are none without their scales."""
 _BLOCK_BYTES = 2**20
 """A tensor is copied from its file in blocks of about this size: what a rank holds beside its shard."""
 
@@ -111,6 +113,7 @@ def from_file(path: Path, stored_name: Callable[[str], str]) -> CopyInto:
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
     """Name and shape of each tensor of one safetensors file; raises UserError where it is none."""
+    check_tensors_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -154,29 +157,26 @@ def _stored_shapes(folder: Path, files: Mapping[str, Path]) -> dict[str, list[in
     for path in dict.fromkeys(files.values()):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes |= {key: list(file.get_slice(key).get_shape()) for key in files if files[key] == path}
+                found = {key: file.get_slice(key) for key in files if files[key] == path}
+                kinds = {key: piece.get_dtype() for key, piece in found.items()}
+                shapes |= {key: list(piece.get_shape()) for key, piece in found.items()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.pretrained={folder}: {path.name} is no readable safetensors: {error}") from None
+        if other := next((key for key in kinds if kinds[key] not in _WEIGHTS), None):
+            words = f"{other} in {path.name} is {kinds[other]}, and weights are {one_of(_WEIGHTS)}"
+            raise UserError(f"model.pretrained={folder}: {words}")
     return shapes
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """File of each tensor name; an index may only name files of its own folder."""
+    check_folder(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    try:
-        if index.is_file():
-            names = json.loads(index.read_text())["weight_map"]
-            outside = sorted({file for file in names.values() if Path(file).name != file})
-            if outside:
-                raise UserError(
-                    f"{index} points outside its folder: {outside[0]}; only names of files beside it are read"
-                )
-            return {name: folder / file for name, file in names.items()}
-        if single.is_file():
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"model.pretrained={folder}: no readable safetensors: {error}") from None
+    if index.is_file():
+        beside = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return {name: folder / file for name, file in read_json(index, beside=beside)["weight_map"].items()}
+    if single.is_file():
+        return dict.fromkeys(shapes_in(single), single)
     pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     hint = f"; {pickles[0].name} is a pickle, which is never read" if pickles else ""
     raise UserError(f"model.pretrained={folder} has no model.safetensors{hint}; save it with save_pretrained")
