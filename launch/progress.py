@@ -122,6 +122,9 @@ def told(event: Mapping[str, Any]) -> str | None:
         return event["words"]
     if kind == "hang":
         return f"no rank moves in step {event['step']}: {'; '.join(event['waits'][:_SHOWN_WAITS])}"
+    if kind == "slow_rank":
+        stages = ", ".join(map(str, event["stages"]))
+        return f"rank {event['rank']} (stage {stages}) takes {event['factor']:.1f} times as long as the others"
     if kind == "data" and event["left_out"]:
         return f"{event['part']} data: {event['left_out']}"
     if kind == "start" and event.get("step"):

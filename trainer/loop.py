@@ -99,7 +99,7 @@ def train_step(run: Run) -> StepResult:
     run.block.whereabouts.begin("step", step)
     run.engine.begin_step(step)
     share = run.watch.share(step, saved=run.saved)
-    told = [_wants_to_stop(run), share, *run.recorder.memory_by_rank()]
+    told = [_wants_to_stop(run), share, *run.recorder.by_rank(run.engine.pipeline)]
     skipped = None
     try:
         result = run.engine.step(batch, learning_rate=rate, told=told, judge=partial(run.watch.judge, step))
@@ -112,7 +112,7 @@ def train_step(run: Run) -> StepResult:
         step,
         result,
         learning_rate=rate,
-        memory=result.told[2:],
+        by_rank=result.told[2:],
         skipped=skipped,
         pipeline=run.engine.pipeline,
         evaluation=partial(evaluate, run, run.held_out) if run.held_out and _evaluation_is_due(run) else None,

@@ -193,7 +193,8 @@ class BubbleMeter:
         self._group = block.mesh["pipeline"].get_group()
         hosts: list[str] = [""] * layout.world_size
         dist.all_gather_object(hosts, _host())
-        self._contended = block.device.type == "cpu" and max(Counter(hosts).values()) > num_cores()
+        self.contended = block.device.type == "cpu" and max(Counter(hosts).values()) > num_cores()
+        """Whether ranks outnumber the cores of a host, so that wall times are contention."""
         column = {hosts[layout.rank(place._replace(pipeline=rank))] for rank in range(layout.pipeline)}
         self._spans_hosts = len(column) > 1
         self._offset, self._steps = 0.0, 0
@@ -230,7 +231,7 @@ class BubbleMeter:
         for rank in range(1, len(tables)):
             dist.recv(tables[rank], group=self._group, group_src=rank)
         times = self._step_times(tables)
-        result = bubble(times, ideal=self._ideal, contended=self._contended)
+        result = bubble(times, ideal=self._ideal, contended=self.contended)
         numbers = _numbers(result)
         if dist.get_rank():
             dist.send(numbers, 0)

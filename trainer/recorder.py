@@ -17,11 +17,13 @@ import torch.distributed as dist
 from cuboid.parallel.loss import perplexity
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
+from cuboid.parallel.schedules import stage_indices
 from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.engine import Evaluation, StepResult
 from cuboid.trainer.metrics import BubbleMeter, Measurement
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog, read_events
+from cuboid.trainer.stragglers import Stragglers, microbatch_seconds
 from cuboid.trainer.timeline import import_matplotlib, write_timeline
 from cuboid.trainer.track import Tracker, open_tracker
 
@@ -41,6 +43,11 @@ class Recorder:
             virtual_stages=virtual_stages(recipe),
             microbatches=recipe.parallel.microbatches,
         )
+        is_cpu = block.device.type == "cpu"
+        self._clocks = {
+            **({} if is_cpu and self._meter.contended else {"wall": Stragglers(block.layout, meets=True)}),
+            **({"processor": Stragglers(block.layout, meets=False)} if is_cpu else {}),
+        }
         self._phases: dict[str, float] = {}
         self._last = time.monotonic()
 
@@ -94,18 +101,24 @@ class Recorder:
             self.event("start", step=step, layout=str(self.block.layout), ranks=ranks, phases=self._phases, **facts)
         self._last = time.monotonic()
 
-    def memory_by_rank(self) -> list[float]:
-        """Zeros, with this rank's peak in its own place: summed over ranks, the peak of each.
+    def by_rank(self, pipeline: Pipeline) -> list[float]:
+        """Zeros, with this rank's numbers in its own places: summed over ranks, those of each. First of all ranks the
+        peak of memory, then the wall seconds of a microbatch in the step before, then its processor seconds."""
+        wall, processor = microbatch_seconds(pipeline.times)
+        own = range(self.block.layout.world_size)
+        return [
+            number if rank == self.block.rank else 0.0 for number in (self._peak(), wall, processor) for rank in own
+        ]
 
-        Bytes held on the device, or resident in the process where there is no GPU.
-        """
+    def _peak(self) -> float:
+        """Bytes held on the device, or resident in the process where there is no GPU."""
         device = self.block.device
         if device.type == "cuda":
             own = torch.cuda.max_memory_allocated(device)
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return [float(own) if rank == self.block.rank else 0.0 for rank in range(self.block.layout.world_size)]
+        return float(own)
 
     def step(
         self,
@@ -113,15 +126,15 @@ class Recorder:
         result: StepResult,
         *,
         learning_rate: float,
-        memory: Sequence[float],
+        by_rank: Sequence[float],
         pipeline: Pipeline,
         evaluation: Callable[[], Evaluation] | None,
         skipped: str | None,
     ) -> float | None:
         """Write the record of a completed step; the loss of its evaluation, the same on every rank, where it has one.
 
-        ``memory`` is `memory_by_rank` summed over ranks; ``evaluation`` is of held-out text, and is called by every
-        rank when the step has been measured; ``skipped`` says why the step updated nothing.
+        ``by_rank`` is what the method of that name gave, summed over ranks; ``evaluation`` is of held-out text, and is
+        called by every rank when the step has been measured; ``skipped`` says why the step updated nothing.
         """
         self.block.whereabouts.begin("record")
         measured = self._meter.measure(pipeline)
@@ -134,6 +147,8 @@ class Recorder:
             loss, evaluated = found.loss, {**_of_held_out(found), "eval_seconds": self._last - now}
         if measured is None:
             return loss
+        ranks = self.block.layout.world_size
+        self._tell_slow_ranks(step - 1, by_rank[ranks:])
         tokens = self.recipe.train.global_batch * self.recipe.data.sequence_length
         record = {
             "step": step,
@@ -145,7 +160,7 @@ class Recorder:
             "tokens_predicted": result.tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "memory_peak_bytes": int(max(memory)),
+            "memory_peak_bytes": int(max(by_rank[:ranks])),
             **measured.bubble.record(),
             **(result.measures.record() if result.measures else {}),
             **(result.preferences.record() if result.preferences else {}),
@@ -158,6 +173,16 @@ class Recorder:
         if self._timeline_is_due(step):
             self._draw(step, measured)
         return loss
+
+    def _tell_slow_ranks(self, step: int, seconds: Sequence[float]) -> None:
+        ranks, schedule = self.block.layout.world_size, self.recipe.parallel.schedule
+        by_clock = {"wall": seconds[:ranks], "processor": seconds[ranks:]}
+        for clock, stragglers in self._clocks.items():
+            for rank, factor in stragglers.judge(by_clock[clock]).items():
+                place = self.block.layout.coordinate(rank).pipeline
+                sizes = {"pipeline": self.block.layout.pipeline, "virtual_stages": virtual_stages(self.recipe)}
+                stages = stage_indices(schedule, rank=place, **sizes)
+                self.event("slow_rank", rank=rank, step=step, stages=stages, factor=round(factor, 2), clock=clock)
 
     def evaluated_first(self, found: Evaluation) -> None:
         """Tell the held-out loss before the first step."""
