@@ -104,7 +104,7 @@ def explain(error: BaseException) -> tuple[Kind, bool, str]:
             return "run", False, str(link)
     # The innermost is where it began; an echo met while cleaning up stands outside of it.
     echo = _is_echo(chain[-1])
-    shown = chain[-1] if echo else next(link for link in chain if not _is_echo(link))
+    shown = chain[-1] if echo else next(link for link in chain if not _is_echo(link) and not _is_wrapper(link))
     first_line = next((line.strip() for line in str(shown).splitlines() if line.strip()), "")
     first_line = re.sub(r"^\[\S+\.\w+:\d+\] ", "", first_line)  # gloo and c10d begin with their own source file
     return "error", echo, f"{type(shown).__name__}: {first_line[:300]}" if first_line else type(shown).__name__
@@ -116,6 +116,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None:
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _is_wrapper(error: BaseException) -> bool:
+    """Torch's pipeline: ``[Stage 1] failed to run forward: args: ...`` around what a stage raised."""
+    return error.__cause__ is not None and "] failed to run " in str(error)
 
 
 def _is_echo(error: BaseException) -> bool:

@@ -131,6 +131,9 @@ def test_the_first_cause_is_told_apart_from_its_echoes():
     cleanup = RuntimeError(closed)
     cleanup.__context__ = KeyError("shard")
     assert failures.explain(cleanup) == ("error", False, "KeyError: 'shard'")
+    wrapper = RuntimeError("\n  [Stage 1] failed to run forward:\n  args: ...")
+    wrapper.__cause__ = ValueError("a fault")
+    assert failures.explain(wrapper) == ("error", False, "ValueError: a fault")
     echo = failures.Failure(rank=0, cause="closed", echo=True, time=1.0)
     late, early = (failures.Failure(rank=rank, cause="x", time=3.0 - rank / 2) for rank in (1, 2))
     assert failures.root_cause([echo, late, early]) is early
