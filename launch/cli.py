@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from cuboid.launch.drill_options import DrillOptions
 from cuboid.launch.export_options import ExportOptions, takes
 from cuboid.launch.slurm_options import SlurmOptions
 from cuboid.launch.submit_options import ADDRESS, INSECURE, SubmitOptions
@@ -169,6 +170,17 @@ def verify(
         from cuboid.launch import verify as verification
 
         code = verification.verify(recipe, overrides or (), shrink=shrink is Shrink.auto, as_json=as_json)
+    raise typer.Exit(code)
+
+
+@app.command()
+@takes(DrillOptions)
+def drill(options: DrillOptions) -> None:
+    """Run a recipe undisturbed and with faults, and report what was lost; exit code 1 where it was too much."""
+    with told():
+        from cuboid.launch.drill import drill
+
+        code = drill(options)
     raise typer.Exit(code)
 
 

@@ -60,7 +60,13 @@ DOORS = {
         "recipes/compare_answers.py",
         "recipes/prepare_smollm2.py",
     },
-    "typer": {"launch/cli.py", "launch/export_options.py", "launch/slurm_options.py", "launch/submit_options.py"},
+    "typer": {
+        "launch/cli.py",
+        "launch/drill_options.py",
+        "launch/export_options.py",
+        "launch/slurm_options.py",
+        "launch/submit_options.py",
+    },
     "wandb": {"trainer/track.py"},
     "yaml": {"trainer/recipe_yaml.py"},
     # Nothing unpickles, and nothing outside decides what is imported.
