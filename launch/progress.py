@@ -131,6 +131,8 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"going on after step {event['step']}"
     if kind == "seated":
         return f"{event['data']} data ranks find room ({event['asked']} asked for); the cluster has {event['cluster']}"
+    if kind == "shrink":
+        return f"microbatches of {event['too_large']} took too much memory: now {event['microbatch_size']}"
     if kind in ("skip", "rewind"):
         done = f"back to step {event['back_to']}" if kind == "rewind" else "nothing was updated"
         return f"step {event['step']}: {event['cause']} ({event['samples']}); {done}"

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from cuboid.parallel.errors import RunFailed, UserError, UserErrors
 from cuboid.parallel.mesh import Block, connect
 from cuboid.parallel.whereabouts import Whereabouts, path_of
+from cuboid.trainer import memory
 from cuboid.trainer.assemble import assemble, layers_of_stages, prepared
 from cuboid.trainer.chat_template import given_source
 from cuboid.trainer.checkpoint import Checkpointer, load, newest
@@ -65,7 +66,7 @@ def train(recipe: Recipe, folder: Path, *, before_step: Callable[[Run], None] | 
     with (
         closing(where),
         connect(recipe.layout, timeout_seconds=patience, device=device, whereabouts=where) as block,
-        set_up(recipe, folder, block) as run,
+        set_up(memory.fitted(recipe, folder, block), folder, block) as run,
     ):
         reason = None
         if run.step == 0 and recipe.train.eval_first and run.held_out:
@@ -102,7 +103,8 @@ def train_step(run: Run) -> StepResult:
     told = [_wants_to_stop(run), share, *run.recorder.by_rank(run.engine.pipeline)]
     skipped = None
     try:
-        result = run.engine.step(batch, learning_rate=rate, told=told, judge=partial(run.watch.judge, step))
+        with memory.told(recipe, run.folder, run.block, step=step):
+            result = run.engine.step(batch, learning_rate=rate, told=told, judge=partial(run.watch.judge, step))
     except Untrusted as error:
         result, skipped = error.result, error.kind
         if answer(run, step, error) == "rewind":

@@ -28,3 +28,6 @@ class FaultSettings(Settings):
     """Ranks that hold the same parameter, or the same state of the optimizer, and no longer the same bits."""
     replicas_every: CountOrZero = 10
     """Steps between two comparisons of what several ranks hold, besides one after each checkpoint; 0: none."""
+    shrink_microbatch: bool = False
+    """After a rank has run out of memory the run begins again with smaller microbatches, and more of them: the numbers
+    stay the same. Without, it begins again as it was."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
 import sys
 import time
@@ -11,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cuboid.parallel.loss import perplexity
@@ -20,6 +18,7 @@ from cuboid.parallel.pipeline import Pipeline
 from cuboid.parallel.schedules import stage_indices
 from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.engine import Evaluation, StepResult
+from cuboid.trainer.memory import peak_bytes
 from cuboid.trainer.metrics import BubbleMeter, Measurement
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog, read_events
@@ -107,18 +106,10 @@ class Recorder:
         wall, processor = microbatch_seconds(pipeline.times)
         own = range(self.block.layout.world_size)
         return [
-            number if rank == self.block.rank else 0.0 for number in (self._peak(), wall, processor) for rank in own
+            number if rank == self.block.rank else 0.0
+            for number in (peak_bytes(self.block.device), wall, processor)
+            for rank in own
         ]
-
-    def _peak(self) -> float:
-        """Bytes held on the device, or resident in the process where there is no GPU."""
-        device = self.block.device
-        if device.type == "cuda":
-            own = torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return float(own)
 
     def step(
         self,

@@ -1,0 +1,83 @@
+"""A rank whose process may not have the memory that a step needs: told, and smaller microbatches at the next start."""
+
+from __future__ import annotations
+
+import os
+import resource
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import RanksFailed, run_ranks
+from runs import check_resumed, events, losses, recipe_on, run
+
+from cuboid.trainer.engine import NativeEngine, StepResult
+from cuboid.trainer.loop import train
+from cuboid.trainer.memory import _with_smaller
+from cuboid.trainer.recipe import Recipe
+
+_ROOM_BYTES = 290 << 20
+"""Beyond what the process has before the step. A step takes 382 MB with microbatches of 8, and 192 MB with those of 4:
+logits of 16 MB a sequence, three times."""
+
+
+def _train_limited(recipe: Recipe, folder: Path) -> None:
+    """The second rank may have no more in each step of a process but the first, in which threads begin."""
+    step, begun = NativeEngine.step, count(1)
+
+    def limited_step(engine: NativeEngine, *args: Any, **told: Any) -> StepResult:
+        done = next(begun) - 1
+        if os.environ["RANK"] == "0" or done < 1:
+            return step(engine, *args, **told)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + _ROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        try:
+            return step(engine, *args, **told)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    NativeEngine.step = limited_step  # type: ignore[method-assign]
+    train(recipe, folder)
+
+
+def limited(*, shrink: bool) -> Recipe:
+    changes = {
+        "config": {"vocab_size": 8192},
+        "data": {"sequence_length": 512},
+        "train": {"steps": 3, "global_batch": 16},
+        "checkpoint": {"every": 1, "asynchronous": False},
+        "parallel": {"microbatches": 1},
+    }
+    recipe = recipe_on("1x2x1", changes=changes)
+    return Recipe.model_validate({**recipe.model_dump(), "faults": {"shrink_microbatch": shrink}})
+
+
+@pytest.mark.full
+def test_a_rank_without_memory_is_told_and_goes_on_with_smaller_microbatches(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "limited", limited(shrink=True)
+    words = r"OutOfMemory: step 2 with microbatches of 8 \(parallel.microbatches=1\) needs more memory than there is: "
+    words += r"peak \d\.\d\d GB, limit \d+\.\d\d GB; use parallel.microbatches=2, which changes no number"
+    with pytest.raises(RanksFailed, match=words):
+        run_ranks(_train_limited, 2, recipe, folder, timeout=60)
+    (found,) = events(folder, "out_of_memory")
+    assert (found["rank"], found["step"], found["microbatch_size"]) == (1, 2, 8)
+    assert found["peak_bytes"] < found["limit_bytes"]
+    run_ranks(_train_limited, 2, recipe, folder, timeout=60)
+    check_resumed(folder, at=1)
+    (event,) = events(folder, "shrink")
+    assert (event["microbatches"], event["microbatch_size"]) == (2, 4)
+    run(limited(shrink=False), tmp_path / "sound")
+    for (step, loss, norm), (_, expected, expected_norm) in zip(
+        losses(folder), losses(tmp_path / "sound"), strict=True
+    ):
+        assert (loss, norm) == (pytest.approx(expected, rel=1e-5), pytest.approx(expected_norm, rel=1e-4)), step
+
+
+def test_microbatches_shrink_as_far_as_the_batch_divides() -> None:
+    recipe = limited(shrink=True)
+    found = [
+        smaller and smaller.batch_plan.microbatch_size for smaller in (_with_smaller(recipe, n) for n in (8, 3, 1))
+    ]
+    assert found == [4, 2, None]
