@@ -81,6 +81,16 @@ def test_tables_and_data_set_folders_are_read_by_datasets(tmp_path, monkeypatch)
         texts(folder / "test.parquet", text_column="id")
     with pytest.raises(FieldError, match=r"data.path=.*set cannot be loaded by datasets \(Unknown split \"dev\""):
         texts(folder, text_column="body", split="dev")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes((folder / "test.parquet").read_bytes()[:-100])
+    with pytest.raises(FieldError, match=r"data.path=.*broken.parquet cannot be loaded by datasets \("):
+        texts(broken, text_column="body")
+    (tmp_path / "gone.txt").write_text("gone")
+    for name, words in (("t.csv", "is no file or folder here"), ("gone.txt", r"cannot be read \(No such file")):
+        corpus = find_corpus(str(tmp_path / name))
+        (tmp_path / name).unlink()
+        with pytest.raises(FieldError, match=f"data.path=.*{name} {words}"):
+            list(corpus.read())
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FieldError, match=r"needs the package datasets; pip install 'cuboid\[data\]'"):
         texts(folder)

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 from samples import BYTES, prepared
 
-from cuboid.parallel.errors import FieldError
+from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.loss import IGNORE
 from cuboid.trainer.corpus import find_corpus
 from cuboid.trainer.data import Dataset, permute
@@ -234,6 +235,22 @@ prepare_tokens(replace(corpus, read=read), tokenizer=ByteTokenizer(), cache=Path
     os.truncate(entry / "tokens.bin", 20)
     assert prepared(str(tmp_path / "corpus.txt"), tmp_path / "cache").fingerprint == whole.fingerprint
     assert (entry / "tokens.bin").stat().st_size == 34
+
+
+def test_a_changed_byte_of_the_cache_is_found(tmp_path):
+    """One flipped bit of an id is another word, and no size tells of it."""
+    (tmp_path / "corpus.txt").write_text("once upon a time")
+    corpus = find_corpus(str(tmp_path / "corpus.txt"))
+    prepare_tokens(corpus, tokenizer=BYTES, cache=tmp_path / "cache", verify=True)
+    (file,) = (tmp_path / "cache").glob("tokens/*/tokens.bin")
+    content = bytearray(file.read_bytes())
+    content[6] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"token files in {file.parent} are not as they were written; delete the"):
+        prepare_tokens(corpus, tokenizer=BYTES, cache=tmp_path / "cache", verify=True)
+    shutil.rmtree(file.parent)
+    again = prepare_tokens(corpus, tokenizer=BYTES, cache=tmp_path / "cache", verify=True)
+    assert bytes(again.ids[:4].astype(np.uint8)) == b"once"
 
 
 def test_where_the_cache_is(monkeypatch):

@@ -319,7 +319,8 @@ def test_wandb_without_a_network_is_offline_within_ten_seconds(tmp_path, kind, c
     assert events["tracker_offline"]["time"] - times[0] < track._REACH_SECONDS + track._INIT_SECONDS + 1
     assert ended - events["tracker"]["time"] < 10, "the end of the run waits for a dead network"
     assert told["page"].startswith("wandb sync")
-    assert [step for step, _ in wandb_history(folder)] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in wandb_history(folder)] == [1, 2, 3, 4, 5], "what `wandb sync` sends later"
+    assert told["median"] < 200e-6, "a step waits for the network"
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert key.encode() not in written, "the key was written"
 
@@ -350,11 +351,16 @@ warnings.simplefilter("ignore")  # trackio tells it on standard error too
 def test_a_broken_tracker_stops_nothing(tmp_path, to, before, variables):
     folder = tmp_path / "runs" / "quick"
     wait = {} if "TRACKIO_DIR" in variables else {"wait": True}
-    session(folder, first=1, last=300, to=to, before=before, variables=variables, **wait)
+    timed = session(folder, first=1, last=300, to=to, before=before, variables=variables, **wait)
+    assert timed["median"] < 200e-6, "more than 1% of a step of 20 ms"
     assert [record["step"] for record in read_metrics(folder)] == list(range(1, 301))
     told = [event["call"] for event in read_events(folder) if event["kind"] == "tracker_failed"]
     assert told, "nobody heard of it"
     assert len(told) == len(set(told)), "told more than once"
+    if before == FULL_DISK:  # there is room again: what was not stored is sent by the run's next process
+        session(folder, first=301, last=302, to=to)
+        stored = {step for _, step, metrics in trackio_rows(folder.parent) if b"loss" in bytes(metrics)}
+        assert stored == set(range(1, 303))
 
 
 def test_nothing_of_a_tracker_is_imported_before_it_is_opened():

@@ -249,7 +249,9 @@ def held_out_settings(settings: DataSettings) -> DataSettings | None:
     return settings.model_copy(update={"path": settings.eval_path, "split": settings.eval_split, "weights": None})
 
 
-def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: Path) -> Dataset | Mixture:
+def prepare(
+    settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: Path, verify: bool = False
+) -> Dataset | Mixture:
     """The data set or mixture of a recipe. Tokenised once for all processes that share `cache`; later ones map it.
 
     Args:
@@ -257,18 +259,20 @@ def prepare(settings: DataSettings, *, tokenizer: Tokenizer, seed: int, cache: P
         tokenizer: from `open_tokenizer`.
         seed: decides the order of the samples.
         cache: `cache_folder()`.
+        verify: read all that the cache holds of it and compare it with what was written.
 
     Raises:
-        UserError: nothing there, nothing usable, a broken line (file and number), a cache that cannot be written.
+        UserError: nothing there, nothing usable, a broken line (file and number), a cache that cannot be written, or in
+            which bytes have changed.
     """
     if settings.weights is not None:
-        parts = [_prepare(path, settings, tokenizer, seed, cache) for path in settings.path]
+        parts = [_prepare(path, settings, tokenizer, seed, cache, verify) for path in settings.path]
         return Mixture(parts, settings.weights, seed=seed)
-    return _prepare(settings.path, settings, tokenizer, seed, cache)
+    return _prepare(settings.path, settings, tokenizer, seed, cache, verify)
 
 
 def _prepare(
-    path: str | Sequence[str], settings: DataSettings, tokenizer: Tokenizer, seed: int, cache: Path
+    path: str | Sequence[str], settings: DataSettings, tokenizer: Tokenizer, seed: int, cache: Path, verify: bool
 ) -> Dataset:
     corpus = find_corpus(
         path,
@@ -277,7 +281,7 @@ def _prepare(
         form=form_of(settings, tokenizer),
         skip_broken=settings.broken == "skip",
     )
-    tokens = prepare_tokens(corpus, tokenizer=tokenizer, cache=cache)
+    tokens = prepare_tokens(corpus, tokenizer=tokenizer, cache=cache, verify=verify)
     apart = not (settings.packing and settings.cross_documents)
     if len(tokens.ids) - (len(tokens.starts) - 1 if apart else 1) <= 0:
         raise FieldError(

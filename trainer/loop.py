@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -27,12 +26,12 @@ from cuboid.trainer.data import Batch, Dataset, Mixture, held_out_settings, prep
 from cuboid.trainer.engine import Engine, Evaluation, StepResult, Untrusted
 from cuboid.trainer.faults import ReplicasDiffer, Watch
 from cuboid.trainer.identity import adapter_facts, same_on_every_rank, teacher_fingerprint, versions
-from cuboid.trainer.manifest import incomplete, steps
+from cuboid.trainer.manifest import steps
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import config_of
 from cuboid.trainer.optimizer import learning_rate
 from cuboid.trainer.prune import is_due
-from cuboid.trainer.publish import mark_best, set_aside
+from cuboid.trainer.publish import set_aside
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recorder import Recorder
 from cuboid.trainer.replicas import Replicas
@@ -197,11 +196,13 @@ def set_up(recipe: Recipe, folder: Path, block: Block) -> Iterator[Run]:
     config = config_of(recipe)
     blueprint = draw_blueprint(config, attention=recipe.model.attention, compute=recipe.precision.compute)
     tokenizer = open_tokenizer(recipe.data.tokenizer, pretrained=recipe.model.pretrained, vocab_size=config.vocab_size)
-    dataset = prepare(recipe.data, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
+    # ranks of a machine share its cache: one of them reads it whole
+    read = partial(prepare, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder(), verify=_is_first_here())
+    dataset = read(recipe.data)
     same_on_every_rank("the data's fingerprint", dataset.fingerprint)
     held_out = None
     if recipe.train.eval_every and (settings := held_out_settings(recipe.data)):
-        held_out = prepare(settings, tokenizer=tokenizer, seed=recipe.seed, cache=cache_folder())
+        held_out = read(settings)
         same_on_every_rank("the evaluation's fingerprint", held_out.fingerprint)
     if block.rank == 0:
         for part, found in (("training", dataset), ("evaluation", held_out)):
@@ -312,13 +313,13 @@ def restore(run: Run, path: Path, facts: dict[str, Any]) -> None:
     if "faults" in facts:  # older checkpoints have none
         run.watch.resume(facts["faults"])
     run.engine.resume_at(run.step, tensors, skipped=run.watch.num_skipped(run.step))
-    run.best = _best_so_far(run)
+    run.best = run.best_saved()
 
 
 def save(run: Run) -> None:
     """Begin a checkpoint of the state after ``run.step``."""
     run.block.whereabouts.begin("save", run.step)
-    run.saved, best = run.step, _is_best(run)
+    run.saved, best = run.step, run.is_best
     facts = {
         "run_id": run.recorder.run_id,
         "recipe": run.recipe.model_dump(mode="json"),
@@ -340,32 +341,11 @@ def save(run: Run) -> None:
         run.best = run.evaluated
 
 
-def _is_best(run: Run) -> bool:
-    """Whether the recipe wants the lowest loss on held-out text to be kept, and this step has it."""
-    return run.recipe.checkpoint.best is not None and run.evaluated is not None and run.evaluated < run.best
-
-
-def _best_so_far(run: Run) -> float:
-    """The lowest loss on held-out text of the checkpoints up to ``run.step``, whose own facts tell it; rank 0 lets
-    ``best`` name the one that has it. Infinite where none has."""
-    found = [math.inf]
-    if run.block.rank == 0 and run.recipe.checkpoint.best is not None:
-        folder = run.checkpointer.folder
-        whole = [path for step, path in steps(folder).items() if step <= run.step and not incomplete(path)]
-        losses = {path: read_facts(path).get("eval_loss") for path in whole}
-        known = {path: loss for path, loss in losses.items() if loss is not None}
-        lowest = min(known, key=lambda path: (known[path], path), default=None)
-        mark_best(folder, lowest)
-        found = [known[lowest]] if lowest else found
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
 def _save_is_due(run: Run, *, last: bool) -> bool:
     every = run.recipe.checkpoint.every
     if run.step == run.saved:  # the run went back to it
         return False
-    return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps or _is_best(run))
+    return every > 0 and (last or run.step % every == 0 or run.step == run.recipe.train.steps or run.is_best)
 
 
 def _evaluation_is_due(run: Run) -> bool:
@@ -385,6 +365,11 @@ def _samples(run: Run, step: int, data_ranks: Sequence[int] | None = None) -> st
     shares = [plan.samples(step, rank) for rank in data_ranks or ()]
     shares = shares or [range((step - 1) * plan.global_batch, step * plan.global_batch)]
     return "samples " + ", ".join(f"{share.start} to {share.stop - 1}" for share in shares)
+
+
+def _is_first_here() -> bool:
+    """Whether this rank is the first of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _wants_to_stop(run: Run) -> float:

@@ -103,13 +103,9 @@ class Recorder:
     def by_rank(self, pipeline: Pipeline) -> list[float]:
         """Zeros, with this rank's numbers in its own places: summed over ranks, those of each. First of all ranks the
         peak of memory, then the wall seconds of a microbatch in the step before, then its processor seconds."""
-        wall, processor = microbatch_seconds(pipeline.times)
-        own = range(self.block.layout.world_size)
-        return [
-            number if rank == self.block.rank else 0.0
-            for number in (peak_bytes(self.block.device), wall, processor)
-            for rank in own
-        ]
+        own = (peak_bytes(self.block.device), *microbatch_seconds(pipeline.times))
+        ranks = range(self.block.layout.world_size)
+        return [float(number) if rank == self.block.rank else 0.0 for number in own for rank in ranks]
 
     def step(
         self,

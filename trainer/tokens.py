@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,15 +76,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cuboid"
 
 
-def prepare_tokens(corpus: Corpus, *, tokenizer: Tokenizer, cache: Path) -> Tokens:
+def prepare_tokens(corpus: Corpus, *, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> Tokens:
     """The corpus as ids: from the cache, or tokenised now by the first process that asks while the others wait.
 
+    An entry of another size than was written is made again; ``verify`` reads it all and compares the bytes too.
+
     Raises:
-        UserError: a document is broken, none is usable, or the cache folder cannot be written.
+        UserError: a document is broken, none is usable, the cache folder cannot be written, or bytes in it changed.
     """
     identity = json.dumps([_FORMAT, corpus.key, tokenizer.identity], sort_keys=True)
     entry = Path(cache) / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     facts = cached(entry, lambda folder: _write(folder, corpus, tokenizer))
+    if verify and _sha256(_digest(entry / name) for name in facts["bytes"]) != facts["sha256"]:
+        raise UserError(f"the token files in {entry} are not as they were written; delete the folder, and start again")
     return Tokens(
         mapped(entry / "tokens.bin", facts["dtype"]),
         mapped(entry / "starts.bin", np.int64),
@@ -137,8 +141,18 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> Facts:
         "dtype": dtype.name,
         "bytes": {name: (folder / name).stat().st_size for name in names},
         "skipped": asdict(skipped),
-        "sha256": hashlib.sha256(b"".join(sha.digest() for sha in shas)).hexdigest(),
+        "sha256": _sha256(sha.digest() for sha in shas),
     }
+
+
+def _digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _sha256(digests: Iterable[bytes]) -> str:
+    """Over all arrays, by those of each."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 class _Piece(NamedTuple):
