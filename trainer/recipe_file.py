@@ -13,7 +13,7 @@ from cuboid.trainer import recipe_errors, recipe_yaml
 from cuboid.trainer.recipe import Recipe, validated
 from cuboid.trainer.recipe_yaml import Mark
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18
 
 
 class RecipeFile:

@@ -2,7 +2,8 @@
 
 YAML 1.2 core scalars (https://yaml.org/spec/1.2.2/#103-core-schema): ``1e-6`` is a number; ``no``, ``on`` and dates are
 text. The document is only composed into nodes, never constructed: no tag can name a Python object. Anchors and aliases
-are refused, and so a small file cannot unfold into a large one.
+are refused, and so a small file cannot unfold into a large one; a recipe of more values than any has is refused before
+they are read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from cuboid.trainer.recipe_errors import Path, shown
 
 MAX_DEPTH = 32
 MAX_DIGITS = 400
+MAX_VALUES = 5000
+MAX_KEY_CHARACTERS = 200
 
 _TAG = "tag:yaml.org,2002:"
 _PATTERNS = {
@@ -82,10 +85,10 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; refuses anchors, aliases and deep nesting."""
+    """Composes nodes; refuses anchors, aliases, deep nesting and too many values."""
 
     yaml_implicit_resolvers = _resolvers()
-    depth = 0
+    depth = values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -94,6 +97,10 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=words, problem_mark=event.start_mark)
         if self.depth >= MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            words = f"more than {MAX_VALUES} keys and values, which no recipe has"
+            raise yaml.MarkedYAMLError(problem=words, problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -143,6 +150,9 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(path, key_node, UserError("a key that is itself a mapping or a list is refused"))
                 continue
+            if len(key_node.value) > MAX_KEY_CHARACTERS:
+                self._refuse(path, key_node, UserError(f"the key {shown(str(key_node.value))} is too long"))
+                continue
             inner = (*path, str(key_node.value))
             if inner[-1] in data:
                 words = f"{'.'.join(inner)} stands twice, first at {self.parsed.marks[inner].text}"
@@ -179,4 +189,4 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
 
 
 def _refused(tag: str) -> str:
-    return f"the tag {tag.replace(_TAG, '!!')} is refused; a recipe is plain values"
+    return f"the tag {shown(tag.replace(_TAG, '!!'))} is refused; a recipe is plain values"
