@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Watch = Callable[..., Tensor]
-"""``watch(layer, hidden_states [B, T_local, D], rows [B], predicted [B, T]) -> hidden_states``, behind each layer."""
+"""``watch(index, layer, compute, rows [B], predicted [B, T], mask) -> hidden_states [B, T_local, D]``, around each
+layer: what ``compute()`` gives."""
 Masks = Mapping[str, Tensor | None]
 """Attention mask [B, 1, T, T] for each kind of layer; None lets the attention kernel be plainly causal."""
 
@@ -139,7 +140,7 @@ class Stage(nn.Module):
             self.add_module(anatomy.head, model.get_submodule(anatomy.head))
         self.anatomy, self.masks = anatomy, masks
         self.watch: Watch | None = None
-        """See `hidden_states`; called in steps that number their ``rows``."""
+        """See `layer_terms`; called in steps that number their ``rows``."""
         self.with_experts = {index for index, layer in self.layers.items() if anatomy.has_experts(layer)}
 
     def tie(self) -> None:
@@ -171,9 +172,12 @@ class Stage(nn.Module):
         for index, layer in self.layers.items():
             kind = names.layer_kinds[int(index)]
             told = {"sequence_share": sequence_share} if index in self.with_experts else {}
-            hidden = layer(hidden, attention_mask=masks[kind], position_ids=position_ids, **rotary[kind], **told)
-            if self.watch is not None and rows is not None:
-                hidden = self.watch(int(index), hidden, rows, predicted)
+            told |= {"attention_mask": masks[kind], "position_ids": position_ids}
+            compute = partial(layer, hidden, **rotary[kind], **told)
+            if self.watch is None or rows is None:
+                hidden = compute()
+            else:
+                hidden = self.watch(int(index), layer, compute, rows=rows, predicted=predicted, mask=masks[kind])
         if not self.is_last:
             return hidden
         logits = self.get_submodule(names.head)(part.get_submodule(names.norm)(hidden))

@@ -73,6 +73,10 @@ BALANCE = {"aux_loss": 0.3, "z_loss": 0.1, "bias_update": 0.02}
 """Large, so that a wrong gradient of theirs shows."""
 
 HIDDEN_WEIGHT = 0.6
+RELATIONS: dict[str, dict[str, Any]] = {
+    "last": {"attention": 0.8},
+    "some": {"attention": 0.8, "attention_layers": [0, 2, 3], "relation_heads": 8},
+}
 TEACHING = {"temperature": 2.0, "weight": 0.7}
 
 PREFERENCE: dict[str, dict[str, Any]] = {
@@ -148,6 +152,8 @@ class Case:
     """Of the teacher's likeliest tokens."""
     hidden: str | None = None
     """How hidden states are compared with the teacher's."""
+    relations: str | None = None
+    """Of `RELATIONS`, compared with the teacher's."""
     prune: str | None = None
     """A method."""
     quantize: str | None = None
@@ -166,6 +172,7 @@ class Case:
         words += [self.quantize] if self.quantize else []
         words += ["taught"] * (self.teacher is not None) + [f"top{self.top_k}"] * (self.top_k is not None)
         words += [self.hidden] if self.hidden else []
+        words += [f"{self.relations}-related"] if self.relations else []
         words += [f"{self.preference}-against-{Path(self.reference or 'start').name}"] if self.preference else []
         words += ["recomputed"] * (self.activation_checkpointing == "full")
         words += [f"lora-{self.lora}"] * (self.lora != "none")
@@ -184,7 +191,8 @@ class Case:
         pairs, reference = parallel.pop("preference"), parallel.pop("reference")
         parallel.pop("lora")
         quantize, top_k, hidden = parallel.pop("quantize"), parallel.pop("top_k"), parallel.pop("hidden")
-        compared = hidden and {"hidden": HIDDEN_WEIGHT, "hidden_loss": hidden}
+        compared = {"hidden": HIDDEN_WEIGHT, "hidden_loss": hidden} if hidden else {}
+        compared |= RELATIONS.get(parallel.pop("relations"), {})
         moe = BALANCE | {"capacity_factor": self.capacity_factor} if self.family in WITH_EXPERTS else None
         if moe and self.preference:
             moe["bias_update"] = 0.0
@@ -195,7 +203,7 @@ class Case:
                 "data": {"kind": "text", "path": "package:stdlib", "sequence_length": TOKENS},
                 "parallel": parallel,
                 "moe": moe,
-                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING, **(compared or {})},
+                "distill": teacher and {"teacher": teacher, "top_k": top_k, **TEACHING, **compared},
                 "prune": method and {"method": method, **PRUNING[method]},
                 "quantize": quantize and QUANTIZE[quantize],
                 "preference": pairs and {"reference": reference, **PREFERENCE[pairs]},
@@ -211,7 +219,7 @@ class Case:
         )
 
 
-TAUGHT = ("teacher", "top_k", "hidden")
+TAUGHT = ("teacher", "top_k", "hidden", "relations")
 OF_ONE_PROCESS = (
     *("family", "tied", "layers", "frozen", "capacity_factor"),
     *(*TAUGHT, "prune", "quantize", "lora", "preference", "reference"),

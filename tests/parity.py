@@ -135,7 +135,7 @@ def backward(
     if teacher:
         with torch.no_grad():
             wanted = logits_of(teacher.model, batch)
-        loss = teacher.add_to(loss, logits, wanted, batch.labels != IGNORE)
+        loss = teacher.add_to(loss, logits, wanted, batch.labels != IGNORE, batch.position_ids)
     count = int((batch.labels != IGNORE).sum())
     loss = preference.loss(batch, logits) / len(list(pairs(batch))) if preference else loss / count
     (loss + balance.loss(batch.labels, count) if balance else loss).backward()

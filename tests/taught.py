@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from cases import HIDDEN_WEIGHT, TEACHING, Case
+from cases import HIDDEN_WEIGHT, RELATIONS, TEACHING, Case
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,32 +18,68 @@ class PlainTeacher:
         self.model = AutoModelForCausalLM.from_pretrained(case.teacher)
         self._top_k, self._hidden = case.top_k, case.hidden
         self._states = [_watched(model) for model in (student, self.model)]
+        self._relations = RELATIONS.get(case.relations)
+        self._window = getattr(student.config, "sliding_window", None) or math.inf
 
     def add_to(
-        self, from_labels: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor, valid: torch.Tensor
+        self,
+        from_labels: torch.Tensor,
+        logits: torch.Tensor,
+        wanted: torch.Tensor,
+        valid: torch.Tensor,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
         """Both models have just run: the summed loss, with the teacher's share."""
         share = TEACHING["weight"]
         loss = (1 - share) * from_labels + share * divergence(logits, wanted, valid, self._top_k)
-        if self._hidden is None:
-            return loss
+        if self._hidden is not None:
+            loss = loss + self._hidden_states(valid)
+        return loss if self._relations is None else loss + self._related(valid, positions)
+
+    def _hidden_states(self, valid: torch.Tensor) -> torch.Tensor:
+        apart = 0.0
+        for layer in range(len(self._states[0])):
+            s, t = (states["layer"][valid] for states in self._pair(layer))
+            cosine = (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
+            apart += ((s - t) ** 2).mean(-1).sum() if self._hidden == "mse" else (1 - cosine).sum()
+        return HIDDEN_WEIGHT / len(self._states[0]) * apart
+
+    def _related(self, valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token by token: of each its document's tokens so far, as many as its window holds."""
+        layers = self._relations.get("attention_layers", [len(self._states[0]) - 1])
+        heads, apart = self._relations.get("relation_heads", 4), 0.0
+        for row, token in valid.nonzero().tolist():
+            first = token - min(int(positions[row, token]), self._window - 1)
+            for layer in layers:
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    student, teacher = (
+                        _relation(states[name][row, first : token + 1].double(), heads) for states in self._pair(layer)
+                    )
+                    apart += (teacher * (teacher.log() - student.log())).sum() / heads
+        return self._relations["attention"] / len(layers) * apart.float()
+
+    def _pair(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         ours, theirs = self._states
         every, rest = divmod(len(theirs), len(ours))
         assert rest == 0, "each of the student's layers ends where one of the teacher's does"
-        apart = 0.0
-        for layer, found in enumerate(ours):
-            s, t = found[valid], theirs[every * (layer + 1) - 1][valid]
-            cosine = (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
-            apart += ((s - t) ** 2).mean(-1).sum() if self._hidden == "mse" else (1 - cosine).sum()
-        return loss + HIDDEN_WEIGHT / len(ours) * apart
+        return ours[layer], theirs[every * (layer + 1) - 1]
 
 
-def _watched(model: nn.Module) -> list[torch.Tensor]:
-    """What each layer of a Llama or Qwen3 gives, whenever the model runs."""
-    states = [torch.empty(0) for _ in model.model.layers]
-    for index, layer in enumerate(model.model.layers):
-        layer.register_forward_hook(lambda _, __, given, index=index: states.__setitem__(index, given))
+def _watched(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """What each layer of a Llama or one like it gives, whenever the model runs, and what its projections give."""
+    states: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
+    for given, layer in zip(states, model.model.layers, strict=True):
+        attention = layer.self_attn
+        parts = {"layer": layer, "q_proj": attention.q_proj, "k_proj": attention.k_proj, "v_proj": attention.v_proj}
+        for name, module in parts.items():
+            module.register_forward_hook(lambda _, __, output, given=given, name=name: given.__setitem__(name, output))
     return states
+
+
+def _relation(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[heads, n]: of the last of n tokens to all, from their features [n, F]."""
+    by_head = x.view(len(x), heads, -1)
+    return torch.softmax((by_head * by_head[-1]).sum(-1).T / math.sqrt(by_head.shape[-1]), -1)
 
 
 def divergence(

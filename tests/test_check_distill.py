@@ -7,7 +7,7 @@ from test_check import CPU, LLAMA, complaints, recipe
 from transformers import CONFIG_MAPPING
 
 from cuboid.parallel.errors import UserErrors
-from cuboid.trainer.check import check_teacher, resolve_devices
+from cuboid.trainer.check import check, check_teacher, resolve_devices
 
 CACHED = {"cache": "cache", "top_k": 8}
 
@@ -76,7 +76,8 @@ def test_what_does_not_go_together(values, parallel, told):
         (
             {"hidden_size": 32},
             {},
-            "distill.hidden=0.5 compares hidden_size=64 with the teacher's 32; use 0, or a teacher as wide",
+            "distill.hidden=0.5 compares hidden_size=64 with the teacher's 32; use 0, a teacher as wide as the "
+            "student, or distill.attention",
         ),
         (
             {"num_hidden_layers": 3},
@@ -142,6 +143,77 @@ def test_a_teacher_that_is_not_there():
     assert line.startswith("distill.teacher=./nowhere")
 
 
-def test_a_layer_that_goes_is_not_compared_with_the_teachers() -> None:
-    found = complaints(recipe(distill=teacher() | {"hidden": 0.5}, prune={"method": "layers"}))
-    assert any(line.startswith("distill.hidden=0.5 compares each layer with one of the teacher's") for line in found)
+@pytest.mark.parametrize("term", ["hidden", "attention"])
+def test_a_layer_that_goes_is_not_compared_with_the_teachers(term) -> None:
+    found = complaints(recipe(distill=teacher() | {term: 0.5}, prune={"method": "layers"}))
+    assert any(line.startswith(f"distill.{term}=0.5 compares layers with the teacher's") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("values", "distill", "tensor", "told"),
+    [
+        (
+            {"num_hidden_layers": 3},
+            {},
+            1,
+            "distill.attention=0.5 compares 4 layers with the teacher's 3; use 0, or a teacher with as many",
+        ),
+        (
+            {},
+            CACHED,
+            1,
+            "distill.attention=0.5 compares queries, keys and values, and distill.cache=cache holds predictions alone; "
+            "use 0, or distill.cache=null",
+        ),
+        (
+            {},
+            {"attention_layers": [0, 4]},
+            1,
+            "distill.attention_layers=[0, 4] names layer 4 of a model with 4; use numbers from 0 to 3, or null for the",
+        ),
+        (
+            {"model_type": "phi3", "pad_token_id": None},
+            {},
+            1,
+            "distill.attention=0.5 finds no q_proj, k_proj and v_proj in each layer of the teacher (phi3); use 0, or",
+        ),
+        (
+            {"model_type": "olmo2"},
+            {},
+            2,
+            "distill.attention=0.5 finds no q_proj, k_proj and v_proj in each layer of the teacher (olmo2), divided by "
+            "heads; use 0, or models of other families",
+        ),
+        (
+            {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+            {"relation_heads": 32},
+            1,
+            "distill.relation_heads=32 does not divide the 48 features of q_proj in the teacher; use 1, 2, 4 or 8",
+        ),
+        (
+            {},
+            {"relation_heads": 1},
+            2,
+            "distill.relation_heads=1 is not a multiple of parallel.tensor=2; use 2, 4, 8, 16 or 32",
+        ),
+    ],
+)
+def test_relations_that_cannot_be_compared(values, distill, tensor, told):
+    lines = complaints(recipe(distill=teacher(**values) | {"attention": 0.5} | distill, parallel={"tensor": tensor}))
+    assert lines[0].startswith(told)
+
+
+def test_relations_with_a_teacher_of_other_sizes() -> None:
+    """No hidden size, head or family need be the same."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    distill = teacher(model_type="qwen3", **sizes) | {"attention": 0.5, "relation_heads": 16}
+    check(recipe(distill=distill, parallel={"tensor": 2}), CPU)
+
+
+def test_as_many_relations_as_key_value_heads_may_be_too_many() -> None:
+    distill = teacher(num_attention_heads=2, num_key_value_heads=1, head_dim=6) | {"attention": 0.5}
+    (line,) = complaints(recipe(model={"num_key_value_heads": 4}, distill=distill))
+    assert line == (
+        "distill.relation_heads=null takes the model's 4 key-value heads, and 4 does not divide the 6 features of "
+        "k_proj in the teacher; use 1 or 2"
+    )

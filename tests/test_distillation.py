@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,33 +12,36 @@ from cases import Case, ZeroCase
 from harness import run_ranks
 from parity import assert_same_numbers, compare, difference, one_process, reference
 
-from cuboid.parallel import distillation
+from cuboid.parallel import distillation, relations
 from cuboid.trainer import assemble
+
+
+def written(case: Case, folder: Path) -> str:
+    """A teacher's folder, with larger logits, so that it knows more than its students."""
+    model = one_process(case)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(12)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
-    """Tied or not, or with experts -> folder. Of another family, with larger logits, so that it knows more than its
-    students."""
-    models = {tied: one_process(Case(family="qwen3", tied=tied)) for tied in (False, True)}
-    folders = {}
-    for kind, model in (models | {"experts": one_process(Case(family="mixtral"))}).items():
-        with torch.no_grad():
-            model.get_output_embeddings().weight.mul_(12)
-        folders[kind] = str(tmp_path_factory.mktemp("teacher"))
-        model.save_pretrained(folders[kind])
-    return folders
+    """Tied or not, or with experts -> folder. Of another family."""
+    models = {tied: Case(family="qwen3", tied=tied) for tied in (False, True)} | {"experts": Case(family="mixtral")}
+    return {kind: written(case, tmp_path_factory.mktemp("teacher")) for kind, case in models.items()}
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a model of eight layers."""
-    folder = str(tmp_path_factory.mktemp("deep"))
-    model = one_process(Case(family="qwen3", layers=8))
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(12)
-    model.save_pretrained(folder)
-    return folder
+    return written(Case(family="qwen3", layers=8), tmp_path_factory.mktemp("deep"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a model of eight layers that is four times as wide as its students."""
+    return written(Case(family="blocks", layers=8), tmp_path_factory.mktemp("wide"))
 
 
 CELLS = [
@@ -103,6 +107,45 @@ def test_hidden_states_of_another_layer_are_found(deep: str, monkeypatch: pytest
     case = Case(1, 1, 2, layers=4, hidden="mse", teacher=deep)
     expected = reference(case)
     monkeypatch.setattr(assemble, "partners", lambda layers, of_teacher: [1, 2, 5, 7])
+    ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
+    assert max(rank.gradient for rank in ranks) > 1e-3
+
+
+RELATED = [
+    Case(2, 1, 2, "zbv", layers=4, hidden="mse", relations="some"),
+    Case(
+        *(2, 1, 2, "1f1b", "mistral"),
+        layers=2,
+        tied=True,
+        sequence=False,
+        relations="last",
+        activation_checkpointing="full",
+    ),
+]
+MORE_RELATED = [
+    Case(2, 1, 1, "interleaved_zero_bubble", layers=4, relations="some", lora="dora"),
+    Case(1, 2, 1, layers=4, family="mixtral", expert=2, lora="experts", relations="some"),
+    Case(1, 1, 2, layers=2, family="blocks", lora="nf4", relations="last"),
+    Case(2, 1, 1, "dualpipe_v", layers=4, quantize="int4", relations="some"),
+    Case(2, 1, 1, "1f1b", layers=4, frozen="leading", hidden="cosine", relations="some"),  # no backward there
+    ZeroCase(1, 2, 1, layers=2, zero_stage=3, relations="last"),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*RELATED, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_RELATED)], ids=str
+)
+def test_relations_between_tokens_are_drawn_to_those_of_the_teacher(case: Case, deep: str, wide: str) -> None:
+    """Of a teacher of other widths where hidden states are not compared too."""
+    case = replace(case, teacher=deep if case.hidden else wide)
+    assert_same_numbers(case, difference(case))
+
+
+@pytest.mark.full
+def test_relations_to_another_document_are_found(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, 1, 2, layers=2, relations="last", teacher=wide)
+    expected, apart = reference(case), relations._apart
+    monkeypatch.setattr(relations, "_apart", lambda mask, *place: apart(None, *place))
     ranks = run_ranks(compare, case.world_size, case, expected, timeout=120)
     assert max(rank.gradient for rank in ranks) > 1e-3
 

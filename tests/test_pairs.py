@@ -24,7 +24,13 @@ from parity import one_process
 from cuboid.parallel.errors import UserErrors
 from cuboid.trainer.check import Devices, check
 
-TAUGHT = [replace(case, teacher="a folder") for case in test_distillation.CELLS + test_distillation.MORE_CELLS]
+TAUGHT = [
+    replace(case, teacher="a folder")
+    for case in test_distillation.CELLS
+    + test_distillation.MORE_CELLS
+    + test_distillation.RELATED
+    + test_distillation.MORE_RELATED
+]
 COMPARED: list[Case] = [
     *(test_lora.CASES + test_lora.EVERY),
     *(test_zero.CELLS + test_zero.MORE_CELLS),
@@ -77,6 +83,7 @@ BESIDE: Mapping[str, Option] = {
     "experts divided": Option({"data": 2, "expert": 2, "family": "mixtral"}, lambda case: case.expert > 1),
     "recomputed": Option({"activation_checkpointing": "full"}, lambda case: case.activation_checkpointing == "full"),
     "taught": Option({"teacher": "a folder"}, lambda case: case.teacher is not None),
+    "related": Option({"teacher": "a folder", "relations": "last"}, lambda case: case.relations is not None),
     "pruned": Option({"prune": "magnitude"}, lambda case: case.prune is not None),
     "rounded": Option({"quantize": "int4"}, lambda case: case.quantize is not None),
     "in pairs": Option({"preference": "sigmoid"}, lambda case: case.preference is not None),

@@ -103,11 +103,12 @@ def test_a_teacher_is_shrunk_too(verify: Verify, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_hidden_states_are_compared_with_a_teacher_of_the_same_width(verify: Verify, tmp_path: Path) -> None:
+def test_layers_are_compared_with_those_of_a_teacher(verify: Verify, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 4}
     transformers.Qwen3Config(vocab_size=264, **sizes).save_pretrained(tmp_path / "teacher")
     (tmp_path / "teacher/model.safetensors").touch()
-    code, printed = verify("distill={teacher: teacher, hidden: 0.5, hidden_loss: cosine}", "parallel.schedule=zbv")
+    terms = "hidden: 0.5, hidden_loss: cosine, attention: 0.5, attention_layers: [3, 11], relation_heads: 8"
+    code, printed = verify(f"distill={{teacher: teacher, {terms}}}", "parallel.schedule=zbv")
     assert code == 0, printed
 
 

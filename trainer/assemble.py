@@ -17,7 +17,7 @@ from cuboid.parallel.data import apply_data_parallel
 from cuboid.parallel.distillation import LargestKept, LogitsKept
 from cuboid.parallel.expert import Experts, expert_modules
 from cuboid.parallel.gradients import TiedWeights
-from cuboid.parallel.hidden_states import HiddenStatesLoss, StatesKept, partners
+from cuboid.parallel.layer_terms import LayerTerms, partners
 from cuboid.parallel.local import localise
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.nf4 import hold_in_4_bits
@@ -45,7 +45,7 @@ from cuboid.trainer.model import (
 )
 from cuboid.trainer.model_config import config_of, layers_in_folder
 from cuboid.trainer.optimizer import ShardedAdamW
-from cuboid.trainer.parts import make_experts, make_loss, make_pruner, make_quantization
+from cuboid.trainer.parts import make_experts, make_layer_terms, make_loss, make_pruner, make_quantization
 from cuboid.trainer.plans import stored_names
 from cuboid.trainer.preference import Preference
 from cuboid.trainer.recipe import Recipe
@@ -66,7 +66,9 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     tied = TiedWeights(stages, block)
     tied.follow()
     loss, teacher = make_loss(recipe, block), _teacher(recipe, block, blueprint)
-    hidden = _hidden(recipe, block, blueprint, stages, teacher)
+    layer_terms = teacher.layer_terms if isinstance(teacher, LiveTeacher) else None
+    for stage in stages:
+        stage.watch = layer_terms
     numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
     preference = None
     if isinstance(loss, PreferenceLoss):
@@ -85,7 +87,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
             experts=experts,
             tied=tied,
             teacher=teacher,
-            hidden=hidden,
+            layer_terms=layer_terms,
             quantization=quantization,
             preference=preference,
             averaged_over=block.layout.data,
@@ -100,7 +102,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
         experts=experts,
         tied=tied,
         teacher=teacher,
-        hidden=hidden,
+        layer_terms=layer_terms,
         quantization=quantization,
         preference=preference,
         # after the values: the optimizer works on views of the final shards
@@ -168,52 +170,32 @@ def _teacher(recipe: Recipe, block: Block, blueprint: Blueprint) -> Teacher | No
     if recipe.distill is None:
         return None
     if recipe.distill.cache is None:
-        split = layers_of_stages(recipe, blueprint) if recipe.distill.hidden else None
+        split = layers_of_stages(recipe, blueprint) if recipe.distill.compares_layers else None
         return live_teacher(recipe, block, student=split)
     last = recipe.parallel.pipeline * virtual_stages(recipe) - 1
     return cached_teacher(recipe, is_last=last in _stage_indices(recipe, block))
 
 
 def live_teacher(recipe: Recipe, block: Block, *, student: Sequence[range] | None = None) -> LiveTeacher:
-    """The model of `distill.teacher` on this block, which takes part in no training. Where hidden states are compared,
-    ``student`` are the layers of its stages: each layer's partner stands on the same stage."""
-    settings, recipe = recipe.distill, teacher_recipe(recipe)
+    """The model of `distill.teacher` on this block, which takes part in no training. Where layers are compared,
+    ``student`` are those of its stages: each layer's partner stands on the same stage."""
+    settings, own, group = recipe.distill, teacher_recipe(recipe), block.mesh["tensor"].get_group()
     assert settings is not None
-    compared = None
+    layer_terms = None
     if student is not None:
-        compared = partners(student[-1].stop, config_of(recipe).num_hidden_layers)
+        compared = partners(student[-1].stop, config_of(own).num_hidden_layers)
         ends = [compared[part.stop - 1] + 1 for part in student]
         counts = tuple(stop - start for start, stop in pairwise([0, *ends]))
-        recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"layers": counts})})
-    blueprint = draw_blueprint(config_of(recipe), attention=recipe.model.attention, compute=recipe.precision.compute)
-    stages = _frozen_stages(recipe, block, blueprint, initial_weights(recipe, blueprint))
+        own = own.model_copy(update={"parallel": own.parallel.model_copy(update={"layers": counts})})
+        layer_terms = LayerTerms(compared, make_layer_terms(recipe, config_of(recipe), group), tensor_group=group)
+    blueprint = draw_blueprint(config_of(own), attention=own.model.attention, compute=own.precision.compute)
+    stages = _frozen_stages(own, block, blueprint, initial_weights(own, blueprint))
     kept = LogitsKept()
     if settings.top_k is not None:
-        group = block.mesh["tensor"].get_group()
         kept = LargestKept(group, k=settings.top_k, temperature=settings.temperature)
-    states = None if compared is None else StatesKept(compared)
     for stage in stages.values():
-        stage.watch = states
-    return LiveTeacher(_pipeline(recipe, block, blueprint, stages, kept), kept, states)
-
-
-def _hidden(
-    recipe: Recipe, block: Block, blueprint: Blueprint, stages: Sequence[Stage], teacher: Teacher | None
-) -> HiddenStatesLoss | None:
-    """What draws the hidden states of ``stages`` to the teacher's, where the recipe says so."""
-    settings = recipe.distill
-    if settings is None or not isinstance(teacher, LiveTeacher) or teacher.states is None:
-        return None
-    hidden = HiddenStatesLoss(
-        teacher.states,
-        partners(blueprint.config.num_hidden_layers, config_of(teacher_recipe(recipe)).num_hidden_layers),
-        weight=settings.hidden,
-        kind=settings.hidden_loss,
-        tensor_group=block.mesh["tensor"].get_group(),
-    )
-    for stage in stages:
-        stage.watch = hidden
-    return hidden
+        stage.watch = layer_terms and layer_terms.teacher
+    return LiveTeacher(_pipeline(own, block, blueprint, stages, kept), kept, layer_terms)
 
 
 def _reference(

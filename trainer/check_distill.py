@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.cache import Facts, facts_of
+from cuboid.trainer.check_layer_terms import layer_errors
 from cuboid.trainer.recipe import ModelSettings, Recipe
-from cuboid.trainer.recipe_distill import DistillSettings
 
 if TYPE_CHECKING:
     from cuboid.trainer.model_config import PretrainedConfig
@@ -54,29 +54,11 @@ def teacher_errors(recipe: Recipe, student: PretrainedConfig, teacher: Pretraine
     if teacher.vocab_size != student.vocab_size:
         constraint = f"has vocab_size={teacher.vocab_size}, and the model that is trained {student.vocab_size}"
         yield FieldError("distill.teacher", name, constraint, "use a teacher with the same vocabulary")
-    if recipe.distill.hidden and recipe.prune is not None and recipe.prune.method == "layers":
-        constraint = "compares each layer with one of the teacher's, and prune.method=layers takes some away"
-        yield FieldError("distill.hidden", recipe.distill.hidden, constraint, "use 0, or another prune.method")
-    if recipe.distill.hidden:
-        yield from _hidden_errors(recipe.distill, student, teacher)
+    yield from layer_errors(recipe, student, teacher)
     top_k, vocabulary = recipe.distill.top_k, student.vocab_size
     if top_k is not None and top_k >= vocabulary:
         constraint = f"leaves none of the {vocabulary} tokens over"
         yield FieldError("distill.top_k", top_k, constraint, f"use at most {vocabulary - 1}, or null for all")
-
-
-def _hidden_errors(
-    settings: DistillSettings, student: PretrainedConfig, teacher: PretrainedConfig
-) -> Iterator[FieldError]:
-    if settings.cache is not None:
-        constraint = f"compares hidden states, and distill.cache={settings.cache} holds predictions alone"
-        yield FieldError("distill.hidden", settings.hidden, constraint, "use 0, or distill.cache=null")
-    if student.hidden_size != teacher.hidden_size:
-        constraint = f"compares hidden_size={student.hidden_size} with the teacher's {teacher.hidden_size}"
-        yield FieldError("distill.hidden", settings.hidden, constraint, "use 0, or a teacher as wide as the student")
-    if student.num_hidden_layers > teacher.num_hidden_layers:
-        layers = f"{student.num_hidden_layers} layers with the teacher's {teacher.num_hidden_layers}"
-        yield FieldError("distill.hidden", settings.hidden, f"compares {layers}", "use 0, or a teacher with as many")
 
 
 def cache_errors(recipe: Recipe) -> Iterator[FieldError]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cuboid.parallel.expert import Experts, Measures
 from cuboid.parallel.gradients import TiedWeights, clip, close_sums, local, squared_norm
-from cuboid.parallel.hidden_states import HiddenStatesLoss
+from cuboid.parallel.layer_terms import LayerTerms
 from cuboid.parallel.loss import IGNORE, SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.pipeline import Pipeline
@@ -92,8 +92,8 @@ class Engine(ABC):
     """Of a model that has any."""
     teacher: Teacher | None = None
     """Whose predictions the loss of a step takes."""
-    hidden: HiddenStatesLoss | None = None
-    """Where the teacher's hidden states are learned too."""
+    layer_terms: LayerTerms | None = None
+    """Where layers are compared with the teacher's too."""
     preference: Preference | None = None
     """Where the loss is one of pairs of answers."""
     quantization: FakeQuantization | None = None
@@ -103,7 +103,7 @@ class Engine(ABC):
     saves_frozen: bool = True
     """False where frozen parameters have their values from elsewhere: an adapter's base."""
     _own_loss: float = 0.0
-    """This rank's share of the newest loss; without hidden states to learn 0 away from the last stage."""
+    """This rank's share of the newest loss; without layers to compare 0 away from the last stage."""
 
     @property
     def saved(self) -> list[tuple[str, nn.Parameter]]:
@@ -186,10 +186,10 @@ class Engine(ABC):
         self.loss.num_valid_tokens = max(tokens, 1) / self.averaged_over
         if self.preference:
             self.preference.loss.num_pairs = max(self._count_pairs(self.preference, batch), 1) / self.averaged_over
-        if self.hidden:
-            self.hidden.num_valid_tokens = self.loss.num_valid_tokens
+        if self.layer_terms:
+            self.layer_terms.num_valid_tokens = self.loss.num_valid_tokens
         own_loss = self._through(self.pipeline.step, batch, tokens=tokens)
-        self._own_loss = (own_loss + (self.hidden.take() if self.hidden else 0.0)) / self.averaged_over
+        self._own_loss = (own_loss + (self.layer_terms.take() if self.layer_terms else 0.0)) / self.averaged_over
         self.block.whereabouts.at("gradient sum")
         self.close_gradients()
         self.block.whereabouts.at("gradient norm")
@@ -223,7 +223,7 @@ class Engine(ABC):
             told["sequence_share"] = (full.labels != IGNORE).sum(1).float() / max(tokens, 1)
         if self.teacher and tokens is not None:
             targets |= self.teacher.targets(full)
-        if self.hidden and tokens is not None:
+        if self.layer_terms and tokens is not None:
             told |= {"rows": torch.arange(len(full.labels)), "predicted": full.labels != IGNORE}
         if self.preference:
             targets |= self.preference.targets(full)

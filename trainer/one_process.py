@@ -6,7 +6,7 @@ It shares no line with the stages, axes and schedules that it judges, but the to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from cuboid.trainer.plain_experts import PlainBalance
 from cuboid.trainer.plain_preference import PlainPreference, pairs
 from cuboid.trainer.plain_pruning import PlainPruning, PlainStructures, PlainWeights
 from cuboid.trainer.plain_quantization import PlainQuantization
+from cuboid.trainer.plain_teacher import PlainTeacher
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.recipe_preference import ADAPTER
 from cuboid.trainer.structures import structures
@@ -168,46 +169,15 @@ def _logits(model: nn.Module, blueprint: Blueprint, batch: Batch) -> Tensor:
     ).logits.float()
 
 
-def _teaching(
-    recipe: Recipe, model: nn.Module, of_student: Blueprint
-) -> Callable[[Batch, Tensor, Tensor], Tensor] | None:
-    """(batch, the student's logits, its summed loss on the labels) -> the summed loss with the teacher's share."""
-    if (settings := recipe.distill) is None:
+def _teaching(recipe: Recipe, model: nn.Module, of_student: Blueprint) -> PlainTeacher | None:
+    """With the teacher as a whole model of its own."""
+    if recipe.distill is None:
         return None
     own = teacher_recipe(recipe)
     blueprint = undropped_blueprint(own)
     teacher = whole_with_values(own, blueprint).to(blueprint.compute).eval().requires_grad_(False)
-    states = [_states(model, of_student), _states(teacher, blueprint)] if settings.hidden else []
-
-    def taught(batch: Batch, logits: Tensor, from_labels: Tensor) -> Tensor:
-        both = (logits, _logits(teacher, blueprint, batch))
-        student, wanted = (F.log_softmax(each / settings.temperature, -1) for each in both)
-        if settings.top_k is not None:
-            ids = wanted.topk(settings.top_k).indices
-            student, wanted = (_with_rest(each, ids) for each in (student, wanted))
-        divergence = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE].sum()
-        loss = (1 - settings.weight) * from_labels + settings.weight * settings.temperature**2 * divergence
-        if states:
-            ours, theirs = states
-            pairs = [(found, theirs[(at + 1) * len(theirs) // len(ours) - 1]) for at, found in enumerate(ours)]
-            if settings.hidden_loss == "mse":
-                apart = [F.mse_loss(*pair, reduction="none").mean(-1) for pair in pairs]
-            else:
-                apart = [1 - F.cosine_similarity(*pair, dim=-1) for pair in pairs]
-            loss = loss + settings.hidden * torch.stack(apart).mean(0)[batch.labels != IGNORE].sum()
-        return loss
-
-    return taught
-
-
-def _states(model: nn.Module, blueprint: Blueprint) -> list[Tensor]:
-    """What each layer gave when the model last ran, [B, T, D] each."""
-    names = blueprint.anatomy
-    layers = list(model.get_submodule(f"{names.base}.{names.layers}").children())
-    kept: list[Tensor] = [torch.empty(0)] * len(layers)
-    for index, layer in enumerate(layers):
-        layer.register_forward_hook(lambda _, __, given, index=index: kept.__setitem__(index, given.float()))
-    return kept
+    both = (model, of_student), (teacher, blueprint)
+    return PlainTeacher(recipe.distill, *both, lambda batch: _logits(teacher, blueprint, batch))
 
 
 def _preferring(recipe: Recipe) -> PlainPreference | None:
@@ -222,12 +192,6 @@ def _preferring(recipe: Recipe) -> PlainPreference | None:
 
         without_adapters(reference)
     return PlainPreference(settings, lambda batch: _logits(reference, blueprint, batch))
-
-
-def _with_rest(log_probabilities: Tensor, ids: Tensor) -> Tensor:
-    """Of these tokens, and of all others together."""
-    rest = log_probabilities.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([log_probabilities.gather(-1, ids), rest], -1)
 
 
 def _pruning(
@@ -271,7 +235,7 @@ def _backward(
     batch: Batch,
     *,
     rows: int,
-    teaching: Callable[[Batch, Tensor, Tensor], Tensor] | None,
+    teaching: PlainTeacher | None,
     preferring: PlainPreference | None,
 ) -> float:
     """Loss and gradients of the global batch, some rows at a time: a sum, divided by the one count. The model computes
@@ -290,7 +254,7 @@ def _backward(
             loss = preferring.loss(some, logits) / num_pairs
         else:
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-            loss = (teaching(some, logits, loss) if teaching else loss) / count
+            loss = (teaching.loss(some, logits, loss) if teaching else loss) / count
         (loss + balance.loss(labels, count)).backward()
         total += loss.item()
         for name, parameter in masters.items():

@@ -1,24 +1,34 @@
-"""What a recipe asks for around the stages of its model, as a part of this rank: loss, experts, rounding, pruning."""
+"""What a recipe asks for around the stages of its model, as a part of this rank: losses, experts, rounding, pruning."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from cuboid.parallel.distillation import DistillationLoss
 from cuboid.parallel.expert import Balance, Experts, Routing
+from cuboid.parallel.hidden_states import hidden_distance
+from cuboid.parallel.layer_terms import Term
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block, expert_mesh
 from cuboid.parallel.preference import PreferenceLoss
 from cuboid.parallel.pruning import Pruning
 from cuboid.parallel.quantization import FakeQuantization
+from cuboid.parallel.relations import relation_distance
 from cuboid.parallel.structures import StructuredPruning
 from cuboid.trainer.model import Blueprint, expert_counts, parameter_shapes, prunable
+from cuboid.trainer.plans import PROJECTIONS
 from cuboid.trainer.prune import Pruner, StructurePruner
 from cuboid.trainer.recipe import MoeSettings, Recipe
 from cuboid.trainer.structures import structures
+
+if TYPE_CHECKING:
+    from cuboid.trainer.model_config import PretrainedConfig
 
 
 def make_loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
@@ -29,6 +39,34 @@ def make_loss(recipe: Recipe, block: Block) -> SummedCrossEntropy:
     if recipe.distill is None:
         return SummedCrossEntropy(group)
     return DistillationLoss(group, temperature=recipe.distill.temperature, weight=recipe.distill.weight)
+
+
+def make_layer_terms(recipe: Recipe, student: PretrainedConfig, group: ProcessGroup) -> list[Term]:
+    """What `distill` adds to the loss of logits; ``group`` are the tensor ranks."""
+    settings, terms = recipe.distill, []
+    assert settings is not None
+    if settings.hidden:
+        terms.append(
+            Term(
+                layers=range(student.num_hidden_layers),
+                outputs=("",),
+                weight=settings.hidden,
+                distance=partial(hidden_distance, kind=settings.hidden_loss, tensor_group=group),
+                is_divided=recipe.parallel.sequence,
+            )
+        )
+    if settings.attention:
+        layers, heads = settings.relations(student)
+        terms.append(
+            Term(
+                layers=layers,
+                outputs=PROJECTIONS,
+                weight=settings.attention,
+                distance=partial(relation_distance, heads=heads // group.size(), of_all=heads),
+                is_divided=True,
+            )
+        )
+    return terms
 
 
 def make_experts(recipe: Recipe, block: Block, blueprint: Blueprint) -> Experts | None:

@@ -55,6 +55,8 @@ _TENSOR: Mapping[str, Mapping[str, str]] = {
     "olmo2": _NORMS_OVER_ALL_HEADS,
     "olmoe": _NORMS_OVER_ALL_HEADS,
 }
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""Within a layer, what makes queries, keys and values; some families make all three in one matrix."""
 _STORED: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 
 

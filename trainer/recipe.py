@@ -24,6 +24,7 @@ from cuboid.trainer.recipe_fields import (
     NotNegative,
     Number,
     Offered,
+    Places,
     Settings,
     Share,
     Text,
@@ -40,7 +41,7 @@ class ModelSettings(Settings):
     """A local folder or a hub id with safetensors."""
     config: dict[str, Any] | None = None
     """Any transformers config as a mapping, with its model_type; weights are drawn from the seed."""
-    layers: Count | Annotated[tuple[CountOrZero, ...], Strict(False), Field(min_length=1)] | None = None
+    layers: Count | Places | None = None
     """Layers of pretrained that are kept: a list of their places, or how many, evenly spaced; null: all."""
     attention: Annotated[
         Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"], Offered(("auto", "eager", "sdpa"))

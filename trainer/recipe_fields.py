@@ -45,6 +45,7 @@ Positive = Annotated[float, Field(gt=0)]
 Factor = Annotated[float, Field(gt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], Strict(False)]
+Places = Annotated[tuple[CountOrZero, ...], Strict(False), Field(min_length=1)]
 _LOSS_SCALING = (
     "has not the range of bfloat16 and float32: its losses would have to be scaled, which is offered on no device"
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cuboid.parallel.distillation import LogitsKept
-from cuboid.parallel.hidden_states import StatesKept
+from cuboid.parallel.layer_terms import LayerTerms
 from cuboid.parallel.pipeline import Pipeline
 from cuboid.trainer.data import Batch
 
@@ -29,8 +29,8 @@ class LiveTeacher:
 
     pipeline: Pipeline
     kept: LogitsKept
-    states: StatesKept | None = None
-    """Where the student's hidden states are compared too."""
+    layer_terms: LayerTerms | None = None
+    """Where the student's layers are compared too."""
 
     def targets(self, batch: Batch) -> Mapping[str, Tensor]:
         ends = self.pipeline
@@ -39,6 +39,6 @@ class LiveTeacher:
             batch.input_ids if ends.is_first else None,
             rows if ends.is_last else None,
             position_ids=batch.position_ids,
-            **(rows if self.states else {}),
+            **(rows if self.layer_terms else {}),
         )
         return self.kept.take() if ends.is_last else {}

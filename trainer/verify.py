@@ -108,10 +108,13 @@ def small_recipe(recipe: Recipe, folder: Path) -> Recipe:
     small = shrink_recipe(recipe, config_of(recipe))
     if recipe.distill is not None:
         own = teacher_recipe(recipe)
-        like = small.model if recipe.distill.hidden else shrink_recipe(own, config_of(own)).model
+        like = small.model if recipe.distill.compares_layers else shrink_recipe(own, config_of(own)).model
         # what was written of another teacher is not read; of a small vocabulary fewer tokens are the likeliest
         top_k = recipe.distill.top_k and min(recipe.distill.top_k, config_of(small).vocab_size // 2)
         changes = {"teacher": _small_model(own, like, folder / "teacher"), "cache": None, "top_k": top_k}
+        # of other layers and heads than the recipe's own
+        layers = recipe.distill.attention_layers and tuple(range(config_of(small).num_hidden_layers))
+        changes |= {"attention_layers": layers, "relation_heads": None}
         small = small.model_copy(update={"distill": recipe.distill.model_copy(update=changes)})
     if recipe.preference is not None and own_reference(recipe) is not None:
         own = reference_recipe(recipe)
