@@ -103,7 +103,10 @@ def print_logs(jobs: Jobs, job: str) -> None:
 
 def print_jobs(jobs: Jobs) -> None:
     """A line for each job of `cuboid submit`, newest first."""
-    for job in jobs.list():
+    found = jobs.list()
+    if not found:
+        print(f"no run was submitted to {jobs.address}")
+    for job in found:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000))
         print(f"{job.submission_id}  {job.status.lower():<9}  {began}  {job.metadata['folder']}")
 

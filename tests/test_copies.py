@@ -13,6 +13,7 @@ import pytest
 from runs import check_resumed, events, recipe_on, run, shards
 from stores import Events, fill, flip, listener, placed, save
 
+from cuboid.launch.progress import told
 from cuboid.launch.run_folder import open_run_folder
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.parallel.layout import Layout
@@ -27,10 +28,10 @@ from cuboid.trainer.recipe import Recipe
 
 def saved(folder: Path, store: Store, *steps: int, keep: int = 9, asynchronous: bool = False) -> Events:
     """Checkpoints made and copied by one process; what was told of the copies."""
-    told, event = listener()
+    heard, event = listener()
     copier = Copier(store, keep=keep, event=event)
     save(folder, fill(placed(Layout(), None)), *steps, keep=keep, asynchronous=asynchronous, copier=copier)
-    return told
+    return heard
 
 
 @pytest.fixture
@@ -89,6 +90,7 @@ def test_a_copy_that_fails_half_way_is_none_and_is_told(tmp_path: Path, monkeypa
         ((kind, fields),) = saved(tmp_path / "own", store, 4)
     assert (kind, fields["step"]) == ("checkpoint_copy_failed", 4)
     assert fields["cause"] == f"to {store.url}: OSError: [Errno 28] No space left on device"
+    assert told({"kind": kind, **fields}) == f"checkpoint copy failed: {fields['cause']}", "on the screen too"
     assert not (tmp_path / "second" / "run" / "checkpoints" / step_name(4) / MANIFEST).exists()
     assert store.steps() == [2]
     assert [kind for kind, _ in saved(tmp_path / "own", store, 6)] == ["checkpoint_copied"]
@@ -97,19 +99,19 @@ def test_a_copy_that_fails_half_way_is_none_and_is_told(tmp_path: Path, monkeypa
 
 def test_a_slow_store_never_holds_a_save_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest checkpoint waits, one that waited before it is left out, and none is removed while it is read."""
-    store, own, told = Store(str(tmp_path / "second"), "run"), tmp_path / "own", []
+    store, own, heard = Store(str(tmp_path / "second"), "run"), tmp_path / "own", []
     may_go_on, put = threading.Event(), store.put
     monkeypatch.setattr(store, "put", lambda path, keep: may_go_on.wait(60) and put(path, keep=keep))
     tensors = placed(Layout(), None)
-    copier = Copier(store, keep=9, event=lambda kind, **fields: told.append((kind, fields.get("step"))))
+    copier = Copier(store, keep=9, event=lambda kind, **fields: heard.append((kind, fields.get("step"))))
     with Checkpointer(own, keep=1, asynchronous=True, copier=copier) as checkpointer:
         for step in (2, 4, 6):
             checkpointer.save(step, tensors, {})
             checkpointer.wait()
-        assert told == [("checkpoint_copy_left_out", 4)]
+        assert heard == [("checkpoint_copy_left_out", 4)]
         assert [row["step"] for row in inspection.listing(own)] == [6, 2]
         may_go_on.set()
-    assert told[1:] == [("checkpoint_copied", 2), ("checkpoint_copied", 6)]
+    assert heard[1:] == [("checkpoint_copied", 2), ("checkpoint_copied", 6)]
     assert store.steps() == [6, 2]
 
 
