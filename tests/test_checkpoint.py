@@ -289,7 +289,7 @@ def mount_small_disk(folder: Path) -> str:
     return ""
 
 
-def save_until_full(folder: Path) -> Events:
+def save_until_full_and_read_only(folder: Path) -> Events:
     events, listen = listener()
     with connect(Layout(data=2), timeout_seconds=60) as block:
         tensors = {f"part-{block.rank}": torch.ones(48 << 10)}  # 192 KiB a rank
@@ -300,23 +300,29 @@ def save_until_full(folder: Path) -> Events:
             checkpointer.save(2, tensors, {})
             if block.rank == 0:
                 (folder / "ballast").unlink()
-            dist.barrier()
-            checkpointer.save(3, tensors, {})
+            for step, mode in ((3, "ro"), (4, "rw")):  # what a kernel does to a disk with errors, and a repair
+                dist.barrier()
+                if block.rank == 0:
+                    subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
+                dist.barrier()
+                checkpointer.save(step, tensors, {})
     return events
 
 
 def save_on_a_small_disk(folder: Path) -> tuple[str, Events]:
     refusal = mount_small_disk(folder)
-    return refusal, [] if refusal else run_ranks(save_until_full, 2, folder)[0]
+    return refusal, [] if refusal else run_ranks(save_until_full_and_read_only, 2, folder)[0]
 
 
-def test_no_space_left_is_told_and_survived(tmp_path: Path) -> None:
+def test_no_space_and_a_read_only_disk_are_told_and_survived(tmp_path: Path) -> None:
     ((refusal, events),) = run_ranks(save_on_a_small_disk, 1, tmp_path)
     if refusal:
         assert os.environ.get("CI") != "true", f"must run here, and cannot: {refusal}"
         pytest.skip(f"needs a small disk: {refusal}")
-    assert [kind for kind, _ in events] == ["checkpoint", "checkpoint_failed", "checkpoint"]
-    assert "No space left" in events[1][1]["cause"]
+    assert [kind for kind, _ in events] == ["checkpoint", "checkpoint_failed", "checkpoint_failed", "checkpoint"]
+    for (_, failed), cause in zip(events[1:3], ("No space left", "Read-only file system"), strict=True):
+        assert cause in failed["cause"]
+        assert failed["newest"] == str(tmp_path / "step-00000001")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
