@@ -128,8 +128,8 @@ def test_stages_schedule_and_batch():
     lines = complaints(recipe(parallel={"pipeline": 4, "data": 3, "microbatches": 2}, optimizer={"warmup_steps": 11}))
     assert lines == [
         "train.global_batch=16 is not a multiple of data x microbatches = 3 x 2 = 6; use 12 or 18",
-        "optimizer.warmup_steps=11 is more than train.steps=10; use at most 10",
         "parallel.microbatches=2 is fewer than the 4 stages that 1f1b keeps busy; use 4 or more, or schedule gpipe",
+        "optimizer.warmup_steps=11 is more than train.steps=10; use at most 10",
     ]
 
 
@@ -145,7 +145,7 @@ def test_what_a_schedule_that_splits_backwards_cannot_take():
 
 
 def test_an_old_torch_lays_no_v(monkeypatch):
-    monkeypatch.setattr("cuboid.trainer.check.torch_version", lambda: (2, 11))
+    monkeypatch.setattr("cuboid.trainer.check_mesh.torch_version", lambda: (2, 11))
     (line,) = complaints(recipe(parallel={"pipeline": 2, "microbatches": 4, "schedule": "dualpipe_v"}))
     assert line.startswith("parallel.schedule=dualpipe_v lays neighbouring stages on one rank, which torch ")
     assert line.endswith("cannot start; use torch 2.13 or newer, or schedule interleaved_zero_bubble")

@@ -174,7 +174,7 @@ def test_later_work_is_refused_by_name(write):
     for override in (
         "parallel.compile=true", "precision.parameters=bfloat16",
         "data.kind=tokens", "parallel.activation_checkpointing=selective",
-        "checkpoint.copy_to=s3://x", "model.attention=flash_attention_2",
+        "model.attention=flash_attention_2",
     ):  # fmt: skip
         (line,) = complaints(path, override)
         assert line.startswith(f"override `{override}`: {override.partition('=')[0]}=")
