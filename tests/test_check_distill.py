@@ -169,8 +169,10 @@ def test_a_layer_that_goes_is_not_compared_with_the_teachers(term) -> None:
             {},
             {"attention_layers": [0, 4]},
             1,
-            "distill.attention_layers=[0, 4] names layer 4 of a model with 4; use numbers from 0 to 3, or null for the",
+            "distill.attention_layers=[0, 4] is not a rising list of the model's layers, which are 0 to 3; name each "
+            "once, in order; or use null for the last",
         ),
+        ({}, {"attention_layers": [1, 1]}, 1, "distill.attention_layers=[1, 1] is not a rising list of the model's"),
         (
             {"model_type": "phi3", "pad_token_id": None},
             {},

@@ -45,9 +45,9 @@ def _relation_errors(recipe: Recipe, student: PretrainedConfig, teacher: Pretrai
     settings, tensor = recipe.distill, recipe.parallel.tensor
     assert settings is not None
     layers, heads = settings.relations(student)
-    if beyond := [layer for layer in layers if layer >= student.num_hidden_layers]:
-        constraint = f"names layer {beyond[0]} of a model with {student.num_hidden_layers}"
-        remedy = f"use numbers from 0 to {student.num_hidden_layers - 1}, or null for the last"
+    if list(layers) != sorted(set(layers)) or layers[-1] >= student.num_hidden_layers:
+        constraint = f"is not a rising list of the model's layers, which are 0 to {student.num_hidden_layers - 1}"
+        remedy = "name each once, in order; or use null for the last"
         yield FieldError("distill.attention_layers", list(layers), constraint, remedy)
     widths: dict[str, int] = {}
     for whose, config in (("model that is trained", student), ("teacher", teacher)):
