@@ -57,7 +57,7 @@ test-full: install smollm2 ## every cell, under 40 minutes on 2 cores
 test-disk: install ## optimizer state on a disk, which needs g++, ninja and libaio's headers
 	$(BIN)/python -m pytest -m disk $(ARGS)
 
-test-slurm: install ## jobs of a real Slurm, which needs munge, slurmctld, slurmd and slurm-client; 5 minutes
+test-slurm: install ## jobs of a real Slurm, which needs munge, slurmctld, slurmd and slurm-client
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 lint: install ## ruff, its formatter, and spelling

@@ -43,6 +43,7 @@ elif [ "$code" = 85 ]; then
 fi
 exit "$code"
 """
+_SETTLED = {"launch.launcher": "srun starts the ranks, without Ray", "launch.device": "--gpus-per-node"}
 _EARLY_SECONDS = 60
 """By so much Slurm may send the signal before its time (sbatch's manual, --signal)."""
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
@@ -70,6 +71,9 @@ def slurm(options: SlurmOptions) -> None:
 
 
 def _overrides(options: SlurmOptions) -> list[str]:
+    for settled, by in _SETTLED.items():
+        if given := [text for text in options.overrides or () if text.partition("=")[0] == settled]:
+            raise UserError(f"{given[0]}: {settled} is settled by the job ({by}); leave it out")
     device = "cuda" if options.gpus_per_node else "cpu"
     return [*(options.overrides or ()), "launch.launcher=slurm", f"launch.device={device}"]
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ def main() -> None:
     folder, (host, port, size) = Path(sys.argv[1]), sys.argv[2:]
     name, index, nodes = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     _stop_when_told(folder)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     sees_folder = (folder / RECIPE).exists()
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as driver:
         print(json.dumps({"node": name, "version": version(), "sees_folder": sees_folder}), file=driver)
@@ -59,6 +61,13 @@ def _stop_when_told(folder: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_with_driver() -> None:
+    """The end of standard input is that of the driver, however it went; the ranks end with this process."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The driver's side; it runs on the job's first node, within the batch script (`slurm`), and starts the step again after a
 failure as `failures.Judge` says. `slurm_node` is the agent. Agents speak through their standard output, which srun
-brings here whatever the nodes' network and storage are like: one JSON object a line.
+brings here whatever the nodes' network and storage are like, one JSON object a line; and they end with their standard
+input, which is open as long as this process lives.
 """
 
 from __future__ import annotations
@@ -111,7 +112,10 @@ def run_step(folder: Path, nodes: Sequence[str], size: int) -> Failed:
     # the agent's ranks share the node's cores among themselves
     flags = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpu-bind=none"]
     command = ["srun", *flags, "--quit-on-interrupt", *agent]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as step:
+    # in a session of its own: killed with this one, srun could not end its agents
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as step:
         assert step.stdout is not None
         try:
             return _follow(step.stdout, folder, nodes, size)
@@ -125,15 +129,15 @@ def _follow(agents: IO[str], folder: Path, nodes: Sequence[str], size: int) -> F
     threading.Thread(target=_read, args=(agents, words), daemon=True).start()
     missing, running, failed = list(nodes), list(nodes), Failed()
     deadline: float | None = time.monotonic() + _START_SECONDS
-    while True:
+    srun_ended = False
+    while not srun_ended:
         try:
             word = words.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            how = f"within {_START_SECONDS:.0f} s"
             break
         if word is None:
-            how = "before srun ended"
-            break
+            srun_ended = True
+            continue
         if "failures" not in word:
             _check(word, folder)
             missing.remove(word["node"])
@@ -145,17 +149,21 @@ def _follow(agents: IO[str], folder: Path, nodes: Sequence[str], size: int) -> F
             failed.failures += [Failure(**failure) for failure in word["failures"]]
             deadline = time.monotonic() + _SETTLE_SECONDS
     if missing and not failed.nodes:
-        raise NodesMissing(f"node {one_of(missing)} did not begin {how} ({shown(folder / HOST_LOG)})")
-    if word is None:
+        when = "before srun ended" if srun_ended else f"within {_START_SECONDS:.0f} s"
+        raise NodesMissing(f"node {one_of(missing)} did not begin {when} ({shown(folder / HOST_LOG)})")
+    if srun_ended:
         failed.nodes.update(running)
         failed.failures += [_lost(nodes.index(node) * size, node) for node in running]
     return failed
 
 
 def _read(agents: IO[str], words: queue.SimpleQueue[dict[str, Any] | None]) -> None:
-    """Each line of the agents, and None at their end."""
+    """What each line of the agents says, and None at their end; what else nodes print there goes to the log."""
     for line in agents:
-        words.put(json.loads(line))
+        try:
+            words.put(json.loads(line))
+        except ValueError:
+            print(line, end="")
     words.put(None)
 
 
@@ -175,7 +183,9 @@ def _lost(rank: int, node: str) -> Failure:
 
 
 def _end(step: subprocess.Popen[str]) -> None:
-    """Nothing of the step is left; killed alone, srun would leave its agents."""
+    """Nothing of the step is left."""
+    assert step.stdin is not None
+    step.stdin.close()
     if step.poll() is None:
         step.send_signal(signal.SIGINT)
     try:

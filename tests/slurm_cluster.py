@@ -9,8 +9,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cuboid.launch.worker import free_port
@@ -63,8 +63,13 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=60 State=UP PriorityTier=2
 class Cluster:
     """The running cluster: its client programs, with SLURM_CONF in the environment."""
 
-    def __init__(self, folder: Path, daemons: dict[str, subprocess.Popen[bytes]]) -> None:
-        self.folder, self.daemons = folder, daemons
+    def __init__(self, folder: Path, commands: Mapping[str, list[str]], stack: ExitStack) -> None:
+        self.folder, self._commands, self._stack = folder, commands, stack
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str) -> None:
+        """Start a daemon, or start it again."""
+        self.daemons[name] = self._stack.enter_context(_daemon(self.folder, name, self._commands[name]))
 
     def ask(self, *words: str) -> str:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
@@ -78,6 +83,11 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def cancel(self) -> None:
+        """End every job, as a user does."""
+        self.ask("scancel", "--user", getpass.getuser())
+        self.wait(lambda: not self.ask("squeue", "--noheader"))
 
     def wait(self, holds: Callable[[], object], *, seconds: float = 60) -> None:
         wait_until(holds, seconds=seconds, log=self.folder / "slurmctld.log")
@@ -112,21 +122,13 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         **{node: ["slurmd", "-D", "-f", str(conf), "-N", node] for node in NODES},
     }
     with ExitStack() as stack:
-        daemons: dict[str, subprocess.Popen[bytes]] = {}
-        for name, command in commands.items():
-            daemons[name] = stack.enter_context(_daemon(folder, name, command))
+        running = Cluster(folder, commands, stack)
+        for name in commands:
+            running.start(name)
             if name == "munged":
                 wait_until((folder / "munge.socket").exists, seconds=20, log=folder / "munged.out")
-        running = Cluster(folder, daemons)
-        log = folder / "slurmctld.log"
-        wait_until(lambda: _idle_nodes() == len(NODES), seconds=60, log=log)
+        running.wait(lambda: _idle_nodes() == len(NODES))
         yield running
-        with suppress(AssertionError):
-            for node in NODES:
-                running.ask("scontrol", "update", f"nodename={node}", "state=resume")
-        subprocess.run(["scancel", "--signal=KILL", "--full", "--user", getpass.getuser()], check=False)
-        subprocess.run(["scancel", "--user", getpass.getuser()], check=False)
-        wait_until(lambda: not running.ask("squeue", "--noheader"), seconds=60, log=log)
 
 
 def _idle_nodes() -> int:
@@ -150,7 +152,7 @@ def _path() -> str:
 
 @contextmanager
 def _daemon(folder: Path, name: str, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    with (folder / f"{name}.out").open("wb") as out:
+    with (folder / f"{name}.out").open("ab") as out:
         environment = os.environ | {"PATH": _path()}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True

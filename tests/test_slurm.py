@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -18,10 +19,10 @@ import standin
 from slurm_cluster import Cluster
 
 from cuboid.launch import slurm_step
-from cuboid.launch.failures import newest_step
+from cuboid.launch.failures import newest_step, step_in_work
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.recipe_file import dump_recipe
-from cuboid.trainer.runlog import STOP_FILE, read_metrics
+from cuboid.trainer.runlog import STOP_FILE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -38,6 +39,12 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("OMP_NUM_THREADS", "1")
         with slurm_cluster.cluster(Path(folder)) as running:
             yield running
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,7 @@ class Job:
         def holds() -> bool:
             if len(self.starts()) < attempt:
                 return False
-            done = newest_step(self.folder) if until_saved else read_metrics(self.folder)[-1]["step"]
+            done = newest_step(self.folder) if until_saved else step_in_work(self.folder) - 1
             return done > self.starts()[-1]
 
         self.wait(holds)
@@ -178,19 +185,29 @@ def test_a_lost_rank_and_a_lost_node_cost_an_interval_at_most(cluster: Cluster, 
     failure = standin.events(job.folder, "failure")[-1]
     assert (failure["rank"], failure["cause"]) == (2, "was lost with its node n2")
 
+    crashed = job.rank(2).parent()  # and its slurmd: the node cannot begin again
+    cluster.daemons["n2"].kill()
+    crashed.kill()
+    job.wait(lambda: [event["code"] for event in standin.events(job.folder, "end")] == [85])
+    assert "cuboid: node n2 did not begin" in job.printed()
+    cluster.start("n2")
+    job.trains(4, until_saved=True)
+    assert standin.events(job.folder, "failure")[-1]["step"] - 1 - job.starts()[3] <= EVERY
+
     cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     job.wait_for("PENDING")
-    reached = read_metrics(job.folder)[-1]["step"]
+    reached = step_in_work(job.folder) - 1
     cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
     job.wait_for("COMPLETED")
-    assert cluster.job(job.id)["Restarts"] == "1"
-    assert reached - job.starts()[3] <= EVERY
+    assert cluster.job(job.id)["Restarts"] == "2"
+    assert reached - job.starts()[4] <= EVERY
     job.is_like(calm)
 
 
-def test_a_node_that_does_not_begin_or_see_the_folder_is_named(
+def test_a_node_that_does_not_begin_or_see_the_folder_is_named_and_none_outlives_the_driver(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Within an allocation that stays, as on the command line."""
     subprocess.run(["salloc", "--no-shell", "--nodes=2", "--job-name=held"], check=True, capture_output=True)
     job = cluster.ask("squeue", "--noheader", "--format=%i", "--name=held").strip()
     monkeypatch.setenv("SLURM_JOB_ID", job)
@@ -213,4 +230,13 @@ def test_a_node_that_does_not_begin_or_see_the_folder_is_named(
             slurm_step.run_step(runs_here, nodes, 2)
     finally:
         os.kill(cluster.daemons["n2"].pid, signal.SIGCONT)
-    cluster.ask("scancel", job)
+
+    monkeypatch.setattr(slurm_step, "_START_SECONDS", 60.0)
+    driver = get_context("fork").Process(target=slurm_step.run_step, args=(runs_here, nodes, 2))
+    driver.start()
+    cluster.wait(lambda: len(standin.worker_pids(runs_here)) == 4, seconds=PATIENCE)
+    ranks = [psutil.Process(pid) for pid in standin.worker_pids(runs_here)]
+    agents = {rank.parent() for rank in ranks}
+    assert len(agents) == 2
+    driver.kill()
+    standin.wait_until_gone([*ranks, *agents])

@@ -1,7 +1,10 @@
 """The script that `cuboid slurm` writes, and the requests that it refuses; the script at work: tests/test_slurm.py."""
 
+import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,33 @@ def test_the_page_shows_the_script_that_is_written(tmp_path: Path) -> None:
     assert f"{command}\n" in text
 
 
+@pytest.mark.parametrize(
+    ("number", "restarts", "ending"),
+    [
+        (signal.SIGUSR1, 0, "scontrol requeue 7"),
+        (signal.SIGUSR1, 100, "the job goes on with: sbatch 'my runs/resume.sbatch'"),
+        (signal.SIGTERM, 0, "the job goes on with: sbatch 'my runs/resume.sbatch'"),
+    ],
+)
+def test_a_signal_before_the_run_can_listen_stops_the_job_like_any_other(tmp_path, number, restarts, ending) -> None:
+    """The script as it is, but for its command, which stands for Python at its start: any signal kills it."""
+    assert cuboid_slurm("--nodes", "1")[0] == 0
+    text = (tmp_path / "my runs/resume.sbatch").read_text()
+    (tmp_path / "early.sbatch").write_text(
+        re.sub(r"^.* train .* &$", "sleep 30 & touch begun", text, flags=re.MULTILINE)
+    )
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho scontrol "$@"\n')
+    (tmp_path / "scontrol").chmod(0o700)
+    within = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    with subprocess.Popen(["bash", "early.sbatch"], env=os.environ | within, stdout=subprocess.PIPE, text=True) as job:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)  # bash is at its traps within a millisecond
+        job.send_signal(number)
+        out, _ = job.communicate(timeout=10)
+    assert (job.returncode, out.strip().endswith(ending)) == (85, True), out
+
+
 def test_whole_nodes_unless_it_is_said_how_many_cpus(tmp_path: Path) -> None:
     assert cuboid_slurm("--nodes", "4", "--account", "us", "--qos", "high")[0] == 0
     text = (tmp_path / "my runs/resume.sbatch").read_text()
@@ -86,6 +116,7 @@ def test_whole_nodes_unless_it_is_said_how_many_cpus(tmp_path: Path) -> None:
         (["--nodes", "2", "--time", "soon"], "--time soon is no time; use minutes, hours:minutes:seconds or days-"),
         (["--nodes", "2", "--time", "3"], "--time 3 leaves no time to train before --save-seconds 120 and"),
         (["--nodes", "2", "parallel.data=auto"], "parallel.data=auto cannot be settled before the cluster is reached"),
+        (["--nodes", "2", "launch.launcher=ray"], "launch.launcher is settled by the job (srun starts the ranks, with"),
         (["--nodes", "2", "runs=here"], "runs=here is relative"),
         (["--nodes", "0"], "Invalid value for '--nodes'"),
         ([], "Missing option '--nodes'"),
