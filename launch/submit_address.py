@@ -8,12 +8,12 @@ import os
 import socket
 import urllib.error
 import urllib.request
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from cuboid.parallel.errors import UserError
 
 _PATIENCE_SECONDS = 10
-_TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _OTHER_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Variables that Ray would follow in place of the address that it is given."""
 
@@ -31,9 +31,7 @@ def settle_access(address: str, *, insecure: bool) -> str:
         raise UserError(f"--address {redacted(address)} {words}; use http://HOST:8265, as `ray dashboard` shows it")
     address = address.rstrip("/")
     if _wants_a_token(address):
-        if not any(os.environ.get(name) for name in _TOKEN):
-            remedy = "set RAY_AUTH_TOKEN_PATH to a file that holds it and that only you can read"
-            raise UserError(f"the cluster at {address} asks for a token, and the environment has none; {remedy}")
+        _check_token(address)
         os.environ["RAY_AUTH_MODE"] = "token"
     else:
         os.environ["RAY_AUTH_MODE"] = "disabled"  # a token is not shown to a cluster that does not ask for it
@@ -68,6 +66,22 @@ def _wants_a_token(address: str) -> bool:
     except OSError as error:  # URLError is one
         cause = str(getattr(error, "reason", error))
     raise UserError(f"no Ray job API answers at {address}: {cause}")
+
+
+def _check_token(address: str) -> None:
+    """Raises UserError where the environment has no token; Ray itself would abort over a file that it cannot read."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    place = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not place:
+        remedy = "set RAY_AUTH_TOKEN_PATH to a file that holds it and that only you can read"
+        raise UserError(f"the cluster at {address} asks for a token, and the environment has none; {remedy}")
+    try:
+        fault = "" if Path(place).read_bytes().strip() else "is empty"
+    except OSError as error:
+        fault = f"cannot be read: {error.strerror}"
+    if fault:
+        raise UserError(f"RAY_AUTH_TOKEN_PATH={place} {fault}; the cluster at {address} asks for a token")
 
 
 def _is_loopback(host: str) -> bool:

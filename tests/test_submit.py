@@ -143,11 +143,17 @@ def test_an_open_cluster_is_taken_on_the_loopback_address_alone(monkeypatch: pyt
     assert "RAY_ADDRESS" not in os.environ
 
 
-def test_a_cluster_that_asks_for_a_token_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_asks_for_a_token_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(401) as port:
         with pytest.raises(UserError, match="asks for a token, and the environment has none; set RAY_AUTH_TOKEN_PATH"):
             settle_access(f"http://0.0.0.0:{port}", insecure=False)
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/somewhere")
+        for content, fault in ((None, "cannot be read: No such file"), ("\n", "is empty; the cluster at")):
+            if content:
+                (tmp_path / "token").write_text(content)
+            monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+            with pytest.raises(UserError, match=rf"RAY_AUTH_TOKEN_PATH=.*/token {fault}"):
+                settle_access(f"http://0.0.0.0:{port}", insecure=False)
+        (tmp_path / "token").write_text("secret")
         settle_access(f"http://0.0.0.0:{port}", insecure=False)
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
