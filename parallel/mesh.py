@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cuboid.parallel.layout import AXES, Coordinate, Layout
 from cuboid.parallel.whereabouts import Whereabouts
+
+_MEETING_SECONDS = 45.0
+"""How long the ranks may take to find one another; what is wrong with an address shows sooner than in a collective."""
+
+
+class NotMet(Exception):
+    """A rank is not where the others look for it; in words."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,19 @@ def connect(
 
     Every process group has the same time-out: a rank that waits longer raises instead of hanging for ever. On GPU the
     world also carries a gloo backend, which small CPU messages (metrics, checkpoint planning) travel on.
+
+    Raises:
+        NotMet: within 45 seconds.
     """
     device = device or local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _meet(rank, ranks, seconds=min(_MEETING_SECONDS, timeout_seconds))
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
         assert dist.get_world_size() == layout.world_size, (
             f"{dist.get_world_size()} ranks were started for a layout of {layout.world_size}"
@@ -83,6 +97,23 @@ def connect(
         yield Block(layout, mesh, data_group, device, timeout, whereabouts or Whereabouts())
     finally:
         dist.destroy_process_group()
+
+
+def _meet(rank: int, ranks: int, *, seconds: float) -> dist.Store:
+    """The table at rank 0 through which the ranks find one another's addresses, once all have come to it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=seconds)
+    try:
+        return dist.TCPStore(host, port, ranks, is_master=rank == 0, timeout=limit, multi_tenant=True)
+    except dist.DistError as error:
+        joined = re.search(r"(\d+)/\d+ clients", str(error))
+        if joined:
+            words = f"only {joined[1]} of {ranks} ranks came to {host}:{port} within {seconds:.0f} s"
+        elif rank:
+            words = f"nobody answers at {host}:{port}, where rank 0 should be, for {seconds:.0f} s"
+        else:  # a port that is taken, in torch's own words
+            raise
+        raise NotMet(words) from None
 
 
 def _make_mesh(layout: Layout, device: torch.device, timeout: timedelta) -> tuple[DeviceMesh, dist.ProcessGroup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from harness import run_ranks
 from parity import Case
 
+from cuboid.launch.failures import explain
 from cuboid.parallel.layout import AXES, Layout
-from cuboid.parallel.mesh import connect
+from cuboid.parallel.mesh import NotMet, connect
 from cuboid.trainer.assemble import assemble, initial_weights
 from cuboid.trainer.model import draw_blueprint
 from cuboid.trainer.model_config import read_checked_config
@@ -82,3 +84,23 @@ def test_no_group_waits_longer_than_the_time_out() -> None:
     waited = run_ranks(wait_for_a_rank_that_sleeps, 8, timeout=90)
     for rank, axis in NEIGHBOURS.items():
         assert 9 < waited[rank] < 20, (axis, waited)
+
+
+def meet_elsewhere(host: str) -> str:
+    """Rank 1 looks for rank 0 where it is not."""
+    if os.environ["RANK"] == "1":
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT="9")
+    began = time.monotonic()
+    with pytest.raises(NotMet) as missed, connect(Layout(data=2), timeout_seconds=3):
+        pass
+    assert time.monotonic() - began < 30
+    kind, echo, words = explain(missed.value)
+    assert (kind, echo) == ("error", False)
+    return words
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("no.such.host.invalid", marks=pytest.mark.full)])
+def test_ranks_that_do_not_find_one_another_say_so(host: str) -> None:
+    first, second = run_ranks(meet_elsewhere, 2, host)
+    assert first.startswith("NotMet: only 1 of 2 ranks came to ")
+    assert second == f"NotMet: nobody answers at {host}:9, where rank 0 should be, for 3 s"
