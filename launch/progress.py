@@ -118,7 +118,7 @@ class Screen:
 def told(event: Mapping[str, Any]) -> str | None:
     """An event in a line for the screen; None for those that a user need not see as they come."""
     kind = event["kind"]
-    if kind == "failure" and event["restart"]:
+    if kind in ("skip", "rewind") or (kind == "failure" and event["restart"]):
         return event["words"]
     if kind == "hang":
         return f"no rank moves in step {event['step']}: {'; '.join(event['waits'][:_SHOWN_WAITS])}"
@@ -133,9 +133,6 @@ def told(event: Mapping[str, Any]) -> str | None:
         return f"{event['data']} data ranks find room ({event['asked']} asked for); the cluster has {event['cluster']}"
     if kind == "shrink":
         return f"microbatches of {event['too_large']} took too much memory: now {event['microbatch_size']}"
-    if kind in ("skip", "rewind"):
-        done = f"back to step {event['back_to']}" if kind == "rewind" else "nothing was updated"
-        return f"step {event['step']}: {event['cause']} ({event['samples']}); {done}"
     if kind == "evaluation":
         return f"held-out loss before training {_held_out_words(event)}"
     if kind == "prune" and "eval_loss_after" in event:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from harness import RanksFailed, run_ranks
 from runs import STEPS, check_resumed, events, recipe_on, run, saved_facts, shards
 
+from cuboid.launch.progress import told
 from cuboid.parallel.gradients import local
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.trainer.check_faults import fault_errors
 from cuboid.trainer.engine import NativeEngine
 from cuboid.trainer.loop import train
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.replicas import PRIME, _checksums
+from cuboid.trainer.replicas import PRIME, Replicas, _checksums
 from cuboid.trainer.runlog import STOP_FILE, read_metrics
 
 NAN = float("nan")
@@ -75,6 +77,9 @@ def test_skipped_and_rewound_and_resumed_runs_are_the_same(tmp_path: Path, mesh:
     assert (first["step"], first["samples"]) == (5, "samples 36 to 39")  # the poisoned data rank's
     assert (second["step"], second["samples"]) == (7, "samples 48 to 55")
     assert "times the median of the last 4 steps" in second["cause"]
+    assert re.fullmatch(
+        r"step 5: the loss is nan, first on rank \d \(samples 36 to 39\); nothing was updated", told(first)
+    )
 
     rewinding, folder = on(mesh, not_finite="rewind", spike="rewind", window=4), tmp_path / "rewind"
     assert [row["step"] for row in poisoned(rewinding, folder, POISON, stop_in=6)] == [1, 2, 3, 4, 5, 6]
@@ -82,7 +87,7 @@ def test_skipped_and_rewound_and_resumed_runs_are_the_same(tmp_path: Path, mesh:
     (folder / STOP_FILE).unlink()
     assert [row["step"] for row in poisoned(rewinding, folder, POISON)] == list(range(1, STEPS + 1))
     check_resumed(folder, at=6)
-    assert [(event["step"], event["back_to"]) for event in events(folder, "rewind")] == [(5, 3), (7, 6)]
+    assert [(event["step"], event["to"]) for event in events(folder, "rewind")] == [(5, 3), (7, 6)]
     assert [event["step"] for event in events(folder, "checkpoint")] == [3, 6, 9]
     assert saved_facts(folder)[STEPS]["faults"] == saved_facts(tmp_path / "skip")[STEPS]["faults"]
     assert shards(folder, STEPS) == shards(tmp_path / "skip", STEPS)
@@ -114,12 +119,60 @@ def test_a_flipped_bit_is_found_and_the_run_goes_back(tmp_path: Path, mesh: str,
     recipe = on(mesh, replicas="rewind")
     poisoned(recipe, tmp_path / "flipped", {}, flips={6: name})
     (found,) = events(tmp_path / "flipped", "rewind")
-    assert (found["step"], found["back_to"], found["fault"]) == (7, 3, "replicas")
+    assert (found["step"], found["to"], found["fault"]) == (7, 3, "replicas")
     assert found["cause"].startswith(words.format(name))
     (refused,) = events(tmp_path / "flipped", "checkpoint_refused")
     assert refused["path"].endswith("step-00000006")
     run(recipe, tmp_path / "sound")
     assert shards(tmp_path / "flipped", STEPS) == shards(tmp_path / "sound", STEPS)
+
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 264,
+    "num_local_experts": 4,
+}
+
+
+def _train_compared(recipe: Recipe, folder: Path) -> int:
+    """Returns how many tensors of this rank others hold too."""
+    compared, share = [], Replicas.share
+
+    def counted(replicas: Replicas) -> float:
+        compared.append(len(replicas._parts))
+        return share(replicas)
+
+    Replicas.share = counted  # type: ignore[method-assign]
+    train(recipe, folder)
+    assert len(compared) == recipe.train.steps
+    return compared[0]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("mesh", "parallel", "model"),
+    [
+        ("1x4x1", {"shard": 2, "microbatches": 2}, None),  # HSDP
+        ("1x2x2", {"shard": False, "sequence": False}, None),
+        ("2x2x1", {"shard": False, "schedule": "zbv"}, None),
+        ("2x2x2", {"expert": 2}, MIXTRAL),
+    ],
+    ids=["groups", "no sequence parallelism", "zbv", "experts"],
+)
+def test_replicas_of_a_sound_run_are_equal_in_every_bit(
+    tmp_path: Path, mesh: str, parallel: dict[str, Any], model: dict[str, Any] | None
+) -> None:
+    """The run would stop at a difference."""
+    recipe = recipe_on(mesh, changes={"train": {"steps": 4}, "checkpoint": {"every": 0}}, **parallel).model_dump()
+    if model is not None:
+        recipe |= {"model": {"config": model}, "moe": {"bias_update": 0.01}}
+    recipe = Recipe.model_validate({**recipe, "faults": {"replicas_every": 1}})
+    assert min(run_ranks(_train_compared, recipe.layout.world_size, recipe, tmp_path, timeout=120)) >= 10
 
 
 def test_a_flipped_bit_always_shows() -> None:

@@ -130,21 +130,22 @@ def answer(run: Run, step: int, error: Untrusted) -> Literal["skip", "rewind"]:
     Raises:
         RunFailed: it says stop, or there were too many.
     """
-    answered = run.watch.answer(step, error)
-    words = f"step {step}: {error} ({_samples(run, step, error.data_ranks)})"
+    answered, is_of_memory = run.watch.answer(step, error), isinstance(error, ReplicasDiffer)
+    samples = None if is_of_memory else _samples(run, step, error.data_ranks)
+    words = f"step {step}: {error}" + (f" ({samples})" if samples else "")
     if answered == "stop":
         earlier = ", ".join(f"{step} ({_samples(run, step)})" for step in run.watch.earlier)
         limit = f"; faults.max_faults={run.recipe.faults.max_faults}, and steps before it were so: {earlier}"
         raise RunFailed(f"{words}; nothing was updated" + (limit if earlier else ""))
     run.engine.drop_gradients()
-    replicas = isinstance(error, ReplicasDiffer)
-    if answered == "rewind" and not rewind(run, suspect=replicas and run.saved == run.step):
-        if replicas:
+    if answered == "rewind" and not rewind(run, suspect=is_of_memory and run.saved == run.step):
+        if is_of_memory:
             raise RunFailed(f"{words}; there is no checkpoint to go back to")
         answered = "skip"
     if run.block.rank == 0:
-        about = {"step": step, "cause": str(error), "samples": _samples(run, step, error.data_ranks)}
-        run.recorder.event(answered, **about, fault=error.kind, back_to=run.step if answered == "rewind" else None)
+        done = f"back to step {run.step}" if answered == "rewind" else "nothing was updated"
+        about = {"fault": error.kind, "cause": str(error), "samples": samples, "words": f"{words}; {done}"}
+        run.recorder.event(answered, step=step, to=run.step, **about)
     return answered
 
 
