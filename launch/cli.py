@@ -89,9 +89,12 @@ def told() -> Iterator[None]:
 
 
 def _complain(text: str) -> None:
-    for line in text.splitlines():
+    from cuboid.trainer.runlog import redact
+
+    for line in redact(text).splitlines():
         typer.secho("cuboid: ", fg="red", bold=True, err=True, nl=False)
-        typer.echo(line, err=True)
+        # what a hostile file has put into its names must not steer the terminal
+        typer.echo("".join(sign if sign.isprintable() else "?" for sign in line), err=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -109,6 +112,10 @@ def root(
     ] = False,
 ) -> None:
     """Train Hugging Face language models over a block of devices: data x tensor x pipeline."""
+    with told():
+        from cuboid.launch.private import keep_files_private
+
+        keep_files_private()
 
 
 def _recipe_names(incomplete: str) -> list[str]:

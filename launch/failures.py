@@ -16,7 +16,7 @@ from typing import Literal
 
 from cuboid.parallel.errors import RunFailed, UserError, one_of
 from cuboid.trainer.manifest import steps
-from cuboid.trainer.runlog import STOP_FILE, RunLog, read_events, read_metrics
+from cuboid.trainer.runlog import STOP_FILE, RunLog, read_events, read_metrics, redact
 
 Kind = Literal["user", "run", "error"]
 
@@ -81,7 +81,7 @@ def record(folder: Path, rank: int, error: BaseException) -> int:
     details = Path("errors") / f"rank-{rank}.txt"
     try:
         (folder / details).parent.mkdir(exist_ok=True)
-        (folder / details).write_text("".join(traceback.format_exception(error)))
+        (folder / details).write_text(redact("".join(traceback.format_exception(error))))
     except OSError as unwritable:
         cause += f" (its traceback could not be written: {unwritable.strerror})"
     RunLog(folder).event("rank_error", rank=rank, error=kind, echo=echo, cause=cause, details=str(details))

@@ -16,6 +16,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -26,7 +27,7 @@ from cuboid.launch.progress import Screen
 from cuboid.launch.worker import send_output_to
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.recipe import Recipe
-from cuboid.trainer.runlog import STOP_FILE, RunLog
+from cuboid.trainer.runlog import STOP_FILE, RunLog, redact
 
 Host = Callable[[], Ending]
 
@@ -53,7 +54,7 @@ def drive(recipe: Recipe, folder: Path, host: Host, *, quiet: bool = False) -> i
         finally:
             end_session(process)
             screen.update()
-    ending = _as_asked(ending, received, folder, recipe.train.steps)
+    ending = _as_asked(replace(ending, words=redact(ending.words)), received, folder, recipe.train.steps)
     log.event("end", code=ending.code, cause=ending.words or None)
     screen.conclude(ending)
     return ending.code

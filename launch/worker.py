@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cuboid.launch import failures, watch
+from cuboid.launch.private import keep_files_private, redact_output
 from cuboid.parallel.errors import RunFailed
 from cuboid.trainer.check import num_cores
 from cuboid.trainer.recipe import Recipe
@@ -42,6 +43,7 @@ def run(recipe: dict[str, Any], folder: str, *, train: Train | None = None) -> N
             other exception leaves, since not every exception survives the way to the launcher's process.
     """
     path, rank = Path(folder), int(os.environ["RANK"])
+    keep_files_private()
     send_output_to(path / "logs" / f"rank-{rank}.txt")
     faulthandler.enable()
     try:
@@ -115,7 +117,8 @@ def free_port() -> int:
 
 
 def send_output_to(path: Path) -> None:
-    """Append what this process writes to its standard output and error to ``path``, libraries in C included."""
+    """Append what this process writes to its standard output and error to ``path``, libraries in C included; what
+    Python writes without secrets."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         if isinstance(stream, io.TextIOWrapper):
@@ -126,3 +129,4 @@ def send_output_to(path: Path) -> None:
         file.flush()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    redact_output()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ _MEETING_SECONDS = 45.0
 
 class NotMet(Exception):
     """A rank is not where the others look for it; in words."""
+
+_LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,19 @@ def connect(
 
 
 def _meet(rank: int, ranks: int, *, seconds: float) -> dist.Store:
-    """The table at rank 0 through which the ranks find one another's addresses, once all have come to it."""
+    """The table at rank 0 through which the ranks find one another's addresses, once all have come to it.
+
+    Where all are on one machine it listens on the loopback address alone: torch's own listens to the network, and
+    whoever reaches it takes part.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=seconds)
+    own = host == _LOOPBACK and rank == 0
+    listener = socket.create_server((host, port), backlog=1024).detach() if own else None
     try:
-        return dist.TCPStore(host, port, ranks, is_master=rank == 0, timeout=limit, multi_tenant=True)
+        return dist.TCPStore(
+            host, port, ranks, is_master=rank == 0, timeout=limit, multi_tenant=True, master_listen_fd=listener
+        )
     except dist.DistError as error:
         joined = re.search(r"(\d+)/\d+ clients", str(error))
         if joined:

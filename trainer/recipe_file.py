@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from cuboid.parallel.errors import FieldError, UserError, UserErrors
 from cuboid.trainer import recipe_errors, recipe_yaml
 from cuboid.trainer.recipe import Recipe, validated
 from cuboid.trainer.recipe_yaml import Mark
+from cuboid.trainer.runlog import redact
 
 MAX_BYTES = 1 << 18
 
@@ -45,6 +46,7 @@ class RecipeFile:
         recipe, details = validated(self.data)
         broken = {path for path, _ in self.errors}
         found = [*self.errors, *(pair for pair in recipe_errors.mistakes(details, self.data) if pair[0] not in broken)]
+        found += _secrets(self.data, ())
         if recipe is None or found:
             found.sort(key=lambda pair: self._mark(pair[0]).order)
             raise UserErrors([UserError(f"{self._mark(path).text}: {error}") for path, error in found])
@@ -122,6 +124,16 @@ def find_recipe(name: str) -> Path:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal one."""
     return recipe_yaml.dump(recipe.model_dump(mode="json"))
+
+
+def _secrets(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], UserError]]:
+    """Fields that hold a token or password, which would be written beside the run and sent to its tracker."""
+    if isinstance(value, str) and (shown := redact(value)) != value:
+        constraint = "holds a secret, which recipe.yaml, checkpoints and trackers would hold too"
+        yield path, FieldError(".".join(path), shown, constraint, "leave it in the environment")
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _secrets(inner, (*path, str(key)))
 
 
 def _text(path: Path) -> str:

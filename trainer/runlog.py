@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cuboid.parallel.errors import UserError
 
@@ -21,11 +22,19 @@ STOP_FILE = "stop"
 why."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _CHUNK_BYTES = 1 << 16
-_SECRET_NAME = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|JWT|PAT|ACCESS_KEY_ID|CONNECTION_STRING)$",
+    re.IGNORECASE,
+)
 _SECRET_CHARACTERS = 8
 _SECRET_IN_URL = re.compile(
-    r"((?:token|api_key|password|secret)=)[^&\s\"'\\]+|(://[^/\s:@\"]*:)[^/\s@\"\\]+(?=@)", re.IGNORECASE
+    r"((?:token|api_key|password|secret|signature)=)[^&\s\"'\\]+|(://[^/\s:@\"]*:)[^/\s@\"\\]+(?=@)", re.IGNORECASE
 )
+_SECRET_BY_FORM = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_\w{30,}|github_pat_\w{30,}|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[abprs]-[\w-]{10,})\b"
+    r"|(?<=Bearer )[\w.~+/=-]{16,}",
+)
+"""Tokens of Hugging Face, GitHub, AWS and Slack, and what an Authorization header bears, wherever they come from."""
 
 
 class RunLog:
@@ -119,14 +128,16 @@ class RunLog:
 
 
 def redact(text: str) -> str:
-    """The text without secrets: values of the environment's keys, tokens and passwords, and those written in URLs.
+    """The text without secrets: values of the environment's keys, tokens and passwords, also as Python, JSON and
+    URLs spell them; those written in URLs; and what has the form of a well-known token.
 
-    The one place that knows what a secret is; events pass through it.
+    The one place that knows what a secret is: events, tracebacks, a rank's output and the command's errors pass it.
     """
     for name, value in os.environ.items():
         if len(value) >= _SECRET_CHARACTERS and _SECRET_NAME.search(name):
-            text = text.replace(value, f"[{name}]")
-    return _SECRET_IN_URL.sub(r"\1\2[redacted]", text)
+            for spelt in (value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe="")):
+                text = text.replace(spelt, f"[{name}]")
+    return _SECRET_BY_FORM.sub("[redacted]", _SECRET_IN_URL.sub(r"\1\2[redacted]", text))
 
 
 def read_metrics(folder: Path, *, num_bytes: int | None = None) -> list[dict[str, Any]]:
