@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ _MEETING_SECONDS = 45.0
 
 class NotMet(Exception):
     """A rank is not where the others look for it; in words."""
+
 
 _LOOPBACK = "127.0.0.1"
 
