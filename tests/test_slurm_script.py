@@ -27,8 +27,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
 
 
-def cuboid_slurm(*options: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(cli.app, ["slurm", "recipe.yaml", *options])
+def cuboid_slurm(*options: str, command: str = "slurm") -> tuple[int, str, str]:
+    done = CliRunner().invoke(cli.app, [command, "recipe.yaml", *options])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exc_info
     return done.exit_code, done.stdout, re.sub(r"[\s│]+", " ", done.stderr)
 
@@ -126,6 +126,13 @@ def test_what_cannot_be_asked_for_is_told_before_a_script_is_written(tmp_path: P
     code, _, err = cuboid_slurm(*options)
     assert (code, words in err) == (2, True), err
     assert not list(tmp_path.glob("**/*.sbatch"))
+
+
+def test_ranks_start_on_the_nodes_of_a_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    code, _, err = cuboid_slurm("--launcher", "slurm", command="train")
+    words = "launch.launcher=slurm runs within a Slurm job, and this is none; write a job with `cuboid slurm`"
+    assert (code, words in err) == (2, True), err
 
 
 def test_there_is_no_sbatch_here(monkeypatch: pytest.MonkeyPatch) -> None:
