@@ -1,19 +1,22 @@
 """What `cuboid submit` sends, and which clusters it talks to; runs on a real cluster: test_submit_ray.py."""
 
+import asyncio
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
 from typer.testing import CliRunner
 
 from cuboid.launch import cli, submit_parcel
 from cuboid.launch.ray_group import RankConfig, Seat, _check
+from cuboid.launch.ray_jobs import _Tail, exit_code, why_not_begun
 from cuboid.launch.submit_address import settle_access
 from cuboid.launch.submit_parcel import LIMIT_BYTES, pack
 from cuboid.launch.submitted import SENT, tell_version
@@ -209,3 +212,40 @@ def test_a_node_that_lacks_the_folder_or_the_code_is_named(seat: dict[str, objec
     _check(seats[:1], config)
     with pytest.raises(UserError, match=words):
         _check(seats, config)
+
+
+class Stream:
+    """A log as the job API gives it: from its beginning at each call, in pieces of its own choice, cut off at first."""
+
+    def __init__(self, *readings: list[str | Exception]) -> None:
+        self._readings = iter(readings)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        for piece in next(self._readings):
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+def test_a_log_is_shown_once_however_often_its_connection_is_lost() -> None:
+    shown: list[str] = []
+    tail = _Tail(
+        Stream(["one ", "two ", OSError("lost")], ["one", OSError("lost")], ["one two thr", "ee"]), "id", shown.append
+    )
+    for _ in range(2):
+        with pytest.raises(OSError, match="lost"):
+            asyncio.run(tail.read())
+    asyncio.run(tail.read())
+    assert "".join(shown) == "one two three"
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [("SUCCEEDED", 0, 0), ("STOPPED", None, 85), ("FAILED", 2, 2), ("FAILED", 85, 85), ("FAILED", None, 1)],
+)
+def test_who_follows_a_job_ends_as_it_did(status: str, driver: int | None, code: int) -> None:
+    job = JobDetails(
+        type=JobType.SUBMISSION, status=JobStatus(status), entrypoint="", driver_exit_code=driver, message="no node"
+    )
+    assert exit_code(job) == code
+    assert why_not_begun(job) == ("no node" if (status, driver) == ("FAILED", None) else "")

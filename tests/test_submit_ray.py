@@ -149,7 +149,7 @@ def test_a_run_outlives_the_laptop_and_is_stopped_with_a_checkpoint(head: Head) 
     assert f"{job} goes on. follow it: " in said
     assert f"stop {job} --address {head.url}" in said
 
-    before = head.process.children(recursive=True)
+    commands = {process: " ".join(process.cmdline()) for process in head.process.children(recursive=True)}
     stopped = head.run("stop", job)
     folder = head.shared / "far"
     last = read_metrics(folder)[-1]["step"]
@@ -158,7 +158,9 @@ def test_a_run_outlives_the_laptop_and_is_stopped_with_a_checkpoint(head: Head) 
     assert re.search(rf"^{job}  stopped ", head.run("jobs"), re.MULTILINE)
     ranks = [place["pid"] for event in read_events(folder) for place in event.get("ranks", {}).values()]
     assert ranks
-    standin.wait_until_gone([process for process in before if process.pid in ranks])
+    own = [process for process, line in commands.items() if process.pid in ranks or "cuboid" in line]
+    assert len(own) >= len(set(ranks)) + 2, "the driver, its host process, and the ranks"
+    standin.wait_until_gone(own)
     assert TOKEN.encode() not in b"".join(path.read_bytes() for path in head.shared.rglob("*") if path.is_file())
     assert f"knows no job {job}0" in head.run("stop", f"{job}0", code=2)
 
