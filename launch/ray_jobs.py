@@ -54,7 +54,7 @@ class Jobs:
             folder: becomes the working directory of the command and of all that it starts, first on PYTHONPATH.
             command: run on the head node.
             environment: variables of the command and of all that it starts.
-            about: shown by `list`.
+            about: shown by `submitted`.
         """
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # all of the folder is meant
         runtime = {"working_dir": str(folder), "env_vars": dict(environment)}
@@ -63,7 +63,7 @@ class Jobs:
         except (RuntimeError, requests.RequestException) as error:
             raise RunFailed(f"the cluster does not take the job: {_first_line(error)}") from error
 
-    def list(self) -> list[JobDetails]:
+    def submitted(self) -> list[JobDetails]:
         """Those of `cuboid submit`, newest first."""
         jobs = [job for job in self._ask(self._client.list_jobs) if OWN in (job.metadata or {})]
         return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)

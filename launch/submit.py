@@ -103,7 +103,7 @@ def print_logs(jobs: Jobs, job: str) -> None:
 
 def print_jobs(jobs: Jobs) -> None:
     """A line for each job of `cuboid submit`, newest first."""
-    found = jobs.list()
+    found = jobs.submitted()
     if not found:
         print(f"no run was submitted to {jobs.address}")
     for job in found:

@@ -158,7 +158,7 @@ def test_a_run_outlives_the_laptop_and_is_stopped_with_a_checkpoint(head: Head) 
     assert re.search(rf"^{job}  stopped ", head.run("jobs"), re.MULTILINE)
     ranks = [place["pid"] for event in read_events(folder) for place in event.get("ranks", {}).values()]
     assert ranks
-    own = [process for process, line in commands.items() if process.pid in ranks or "cuboid" in line]
+    own = [process for process, line in commands.items() if process.pid in ranks or "cuboid.launch.cli train" in line]
     assert len(own) >= len(set(ranks)) + 2, "the driver, its host process, and the ranks"
     standin.wait_until_gone(own)
     assert TOKEN.encode() not in b"".join(path.read_bytes() for path in head.shared.rglob("*") if path.is_file())

@@ -52,9 +52,10 @@ class Store:
         """Of every whole copy up to ``latest``, newest first; those after it belong to a continuation that was given
         up, or are not all here."""
         newest = step_of(self._mark(LATEST) or "")
-        found = [step_of(name) for name in self._names()] if newest is not None else []
-        whole = (step for step in found if step is not None and newest is not None and step <= newest)
-        return sorted((step for step in whole if self._fs.exists(f"{self._path(step)}/{MANIFEST}")), reverse=True)
+        if newest is None:
+            return []
+        found = (step for name in self._names() if (step := step_of(name)) is not None and step <= newest)
+        return sorted((step for step in found if self._fs.exists(f"{self._path(step)}/{MANIFEST}")), reverse=True)
 
     def put(self, path: Path, *, keep: int) -> int:
         """Copy the whole checkpoint at ``path``, and remove all but the ``keep`` newest copies and the best; its bytes.
@@ -102,16 +103,15 @@ class Store:
             raise CheckpointError(f"no copy in {self.url} is whole; --fresh moves them aside and begins anew")
         return None
 
-    def move_aside(self) -> str | None:
-        """Give the copies of an earlier run another name, so that this one begins anew; the name, None without any."""
+    def move_aside(self) -> None:
+        """Give the copies of an earlier run another name, so that this one begins anew."""
         self._fs.invalidate_cache()
         if not self._fs.exists(self._run):
-            return None
+            return
         number = 1
         while self._fs.exists(aside := f"{self._run}.{number}"):
             number += 1
         self._fs.mv(self._run, aside, recursive=True)
-        return f"{self.url}.{number}"
 
     def _path(self, step: int) -> str:
         return f"{self._place}/{step_name(step)}"
