@@ -116,7 +116,7 @@ def test_too_many_faults_stop_the_run(tmp_path: Path) -> None:
 )
 def test_a_flipped_bit_is_found_and_the_run_goes_back(tmp_path: Path, mesh: str, name: str, words: str) -> None:
     """Flipped before step 6: found in step 7, since the checkpoint of step 6 is looked at then, and set aside."""
-    recipe = on(mesh, replicas="rewind")
+    recipe = on(mesh)
     poisoned(recipe, tmp_path / "flipped", {}, flips={6: name})
     (found,) = events(tmp_path / "flipped", "rewind")
     assert (found["step"], found["to"], found["fault"]) == (7, 3, "replicas")
@@ -192,7 +192,6 @@ def test_a_flipped_bit_always_shows() -> None:
     ("faults", "changes", "words"),
     [
         ({"spike": "rewind"}, {"checkpoint": {"every": 0}}, "faults.spike=rewind has nothing to go back to"),
-        ({"replicas": "rewind"}, {"checkpoint": {"every": 0}}, "use checkpoint.every=1 or more, or stop"),
         ({"not_finite": "skip"}, {"parallel": {"engine": "deepspeed"}}, "use stop, or parallel.engine=native"),
     ],
 )

@@ -24,8 +24,9 @@ class FaultSettings(Settings):
     """Steps whose median counts, and within which faults are counted."""
     max_faults: CountOrZero = 3
     """Faults within the window that are answered; the next one stops the run."""
-    replicas: Literal["stop", "rewind"] = "stop"
-    """Ranks that hold the same parameter, or the same state of the optimizer, and no longer the same bits."""
+    replicas: Literal["stop", "rewind"] = "rewind"
+    """Ranks that hold the same parameter, or the same state of the optimizer, and no longer the same bits. No step is
+    left out then, and the run stops where no checkpoint was saved before."""
     replicas_every: CountOrZero = 10
     """Steps between two comparisons of what several ranks hold, besides one after each checkpoint; 0: none."""
     shrink_microbatch: bool = False
