@@ -39,7 +39,7 @@ def prompts(path: Path, number: int) -> list[tuple[str, str]]:
 def tuned(model: Any, folder: Path) -> Any:
     """The model of ``folder``, or ``model`` with the adapter that is there."""
     if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, folder).eval()
@@ -65,8 +65,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)  # torchao, which peft imports, tells of kernels for GPUs
     warnings.simplefilter("ignore", FutureWarning)  # peft reads names that transformers will drop
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False).eval()
     asked = prompts(arguments.conversations, arguments.number)
     before = [answer(model, tokenizer, prompt) for prompt, _ in asked]
     after = tuned(model, arguments.tuned)

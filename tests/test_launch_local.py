@@ -115,7 +115,7 @@ def test_a_port_that_was_taken_meanwhile_costs_one_start(tmp_path, monkeypatch):
         monkeypatch.setattr(worker, "free_port", lambda: next(ports))
         assert launch(tmp_path) == 0
     (failure,) = standin.events(tmp_path, "failure")
-    assert (failure["rank"], "EADDRINUSE" in failure["cause"]) == (0, True)
+    assert (failure["rank"], "Address already in use" in failure["cause"]) == (0, True)
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_rank_starts(tmp_path):

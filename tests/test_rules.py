@@ -35,6 +35,7 @@ DOORS = {
     "lm_eval": {"trainer/tasks.py"},
     "matplotlib": {"trainer/timeline.py"},
     "peft": {"recipes/compare_answers.py", "trainer/adapters.py"},
+    "pyarrow": {"trainer/corpus.py"},
     "pydantic": {"trainer/recipe.py", "trainer/recipe_fields.py"},
     "ray": {"launch/ray_group.py", "launch/ray_jobs.py", "launch/ray_room.py"},
     "rich": {"launch/data.py", "launch/progress.py"},
@@ -70,8 +71,17 @@ DOORS = {
     "wandb": {"trainer/track.py"},
     "yaml": {"trainer/recipe_yaml.py"},
     # Nothing unpickles, and nothing outside decides what is imported.
+    "cloudpickle": set(),
+    "dill": set(),
     "importlib.import_module": set(),
+    "importlib.util.spec_from_file_location": set(),
+    "joblib": set(),
+    "marshal": set(),
+    "numpy.load": set(),
+    "os.system": set(),
     "pickle": set(),
+    "runpy": set(),
+    "shelve": set(),
     "torch.distributed.device_mesh.init_device_mesh": set(),  # its groups know no time-out
     "torch.distributed.tensor.parallel": set(),
     "torch.load": set(),
@@ -192,6 +202,40 @@ def test_every_library_has_its_door() -> None:
         for library, files in DOORS.items()
         if files - used[library]
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+RUNS_DATA = {"eval", "exec", "compile", "__import__"}
+"""Builtins that make code of what they are given."""
+TRUSTS = {"trust_remote_code": True, "allow_pickle": True, "weights_only": False, "shell": True}
+"""Arguments with which a call runs what it reads."""
+
+
+def runs_data(source: str) -> Iterator[str]:
+    """Calls that would run data as code, or that leave it to a library whether a model may bring its own."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, where = unparse_dotted(node.func), f"line {node.lineno}"
+        given = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+        if name in RUNS_DATA:
+            yield f"{where} calls {name}"
+        yield from (f"{where} gives {key}={value}" for key, value in TRUSTS.items() if given.get(key) is value)
+        owner, _, method = name.rpartition(".")
+        asks = owner.split(".")[-1].startswith("Auto") and method in ("from_pretrained", "from_config")
+        if asks and given.get("trust_remote_code") is not False:
+            yield f"{where} calls {name} without trust_remote_code=False"
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    calls = (
+        "eval(x)",
+        "f(shell=True)",
+        "a.AutoConfig.from_pretrained(x)",
+        "AutoModel.from_config(x, trust_remote_code=y)",
+    )
+    assert len(list(runs_data("\n".join(calls)))) == len(calls)
+    wrong = [f"{relative(path)}, {words}" for path in sources(*MAY_IMPORT) for words in runs_data(path.read_text())]
     assert not wrong, "\n".join(wrong)
 
 

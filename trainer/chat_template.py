@@ -1,6 +1,7 @@
 """A conversation as text, and which of its characters an assistant wrote. Imports no torch.
 
 A chat template is data: Jinja that transformers renders in a sandbox, with the result that `apply_chat_template` has.
+A sandbox keeps it from files and Python's own objects, and bounds neither its time nor its memory: that is done here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.corpus import Example
+from cuboid.trainer.limits import limited
 from cuboid.trainer.tokenizer import Tokenizer
 
 AUTO, CHATML = "auto", "chatml"
@@ -29,6 +31,8 @@ _CHATML_SOURCE = """\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """
 """Roles and turns as plain words, for tokenizers without a template: the form of ChatML (OpenAI, 2023)."""
+_SECONDS, _MEGABYTES = 0.7, 150
+"""What a template may need for a question and an answer; for a conversation of the data ten times as much."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -37,6 +41,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source, self._special_tokens = source, special_tokens
+        self._patience = 1
         content = json.dumps([source, dict(special_tokens)], sort_keys=True)
         self.identity = "sha256:" + hashlib.sha256(content.encode()).hexdigest()
         self._marks = bool(_MARKS.search(source))
@@ -95,6 +100,17 @@ class ChatTemplate:
         turns = ((max(start, len(before)), stop) for start, stop in example.predicted)
         return Example(example.text, tuple((start, stop) for start, stop in turns if start < stop), ends=False)
 
+    def tried(self) -> Example:
+        """The example of a question and an answer; from then on the template has the patience that data needs.
+
+        Raises:
+            UserError: as `example`.
+        """
+        try:
+            return self.example([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}])
+        finally:
+            self._patience = 10
+
     def _render(
         self,
         messages: Sequence[Message],
@@ -107,14 +123,15 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, marked = render_jinja_template(
-                [list(messages)],
-                tools=list(tools) if tools else None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=prompt,
-                **self._special_tokens,
-            )
+            with limited(seconds=_SECONDS * self._patience, megabytes=_MEGABYTES * self._patience):
+                texts, marked = render_jinja_template(
+                    [list(messages)],
+                    tools=list(tools) if tools else None,
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=prompt,
+                    **self._special_tokens,
+                )
         except Exception as error:  # jinja2's kinds, and whatever an expression of the template raises
             raise UserError(f"the chat template refuses it: {type(error).__name__}: {error}") from error
         return texts[0], marked[0] if marks else []
@@ -140,8 +157,11 @@ def open_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
         return None
     template = ChatTemplate(source, tokenizer.special_tokens)
     try:
-        example = template.example([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}])
+        example = template.tried()
     except UserError as error:
+        if isinstance(error.__cause__, TimeoutError | MemoryError):
+            constraint = f"needs more than {_SECONDS} s or {_MEGABYTES} MB for a question and an answer"
+            raise FieldError(_FIELD, name, constraint, f"use another template, or {CHATML}") from error
         if isinstance(error.__cause__, ImportError):
             raise FieldError(_FIELD, name, "needs the package jinja2, 3.1.6", "pip install 'cuboid[data]'") from error
         if type(error.__cause__).__name__ == "TemplateSyntaxError":

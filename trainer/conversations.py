@@ -5,13 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.chat_template import CHATML, ChatTemplate, open_template
 from cuboid.trainer.corpus import Example, Form, Pair, Row, text_form
+from cuboid.trainer.foreign import parse_json
 from cuboid.trainer.recipe import DataSettings
 from cuboid.trainer.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def _tools(value: object, name: str) -> list[Mapping[str, Any]] | None:
     """A list of schemas, or the same as JSON in a text, as tables keep them."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value.encode())
         except ValueError as error:
             raise UserError(f"column {name} is not JSON ({error})") from error
     if value is None or (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):

@@ -6,7 +6,6 @@ What a row becomes is said by a `Form`: a text here, a conversation in `conversa
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import sysconfig
@@ -14,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cuboid.parallel.errors import FieldError, UserError
+from cuboid.trainer.foreign import JSON_BYTES, open_plain, parse_json, reason
 
 PACKAGES = ("package:stdlib",)
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -25,6 +25,20 @@ TABLE_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".jso
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _ROWS = 1000
+_PACKED = (
+    b"\x1f\x8b",
+    b"PK\x03\x04",
+    b"BZh",
+    b"\xfd7zXZ\x00",
+    b"7z\xbc\xaf",
+    b"Rar!",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+)
+"""How files of gzip, zip, bzip2, xz, 7z, rar, zstandard and lz4 begin."""
+_PACKED_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar")
+_UNPACKED, _UNPACKED_BYTES = 100, 64 << 20
+"""How much a parquet may unfold to, by its footer: text alone shrinks to a tenth."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,7 @@ def _folder(name: str, folder: Path, form: Form, select: dict[str, str]) -> list
     if tables:
         key = ["folder", select, *(_stat_key(file) for file in files)]
         size = sum(file.stat().st_size for file in files)
-        return [_Part(key, size, lambda: _load(name, str(folder), form, **select))]
+        return [_Part(key, size, lambda: _load(name, str(folder), form, files=files, **select))]
     texts = [file for file in files if file.suffix in (*TEXT_SUFFIXES, ".jsonl")]
     if not texts:
         suffixes = ", ".join((*TEXT_SUFFIXES, ".jsonl", ".parquet", ".csv"))
@@ -224,8 +238,8 @@ def _file(file: Path, form: Form) -> _Part:
     if file.suffix == ".jsonl":
         return _Part(key, size, lambda: _json_lines(file, form))
     if reader := TABLE_SUFFIXES.get(file.suffix):
-        files = {"train": [str(file)]}
-        return _Part(key, size, lambda: _load(str(file), reader, form, data_files=files, split="train"))
+        place = {"train": [str(file)]}
+        return _Part(key, size, lambda: _load(str(file), reader, form, files=[file], data_files=place, split="train"))
     _refuse_text(file, form)
     return _Part(key, size, lambda: _text(file))
 
@@ -249,16 +263,25 @@ def _text(file: Path) -> Iterator[str | UserError]:
 def _json_lines(file: Path, form: Form) -> Iterator[Document | UserError]:
     try:
         with open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(_lines(lines), start=1):
                 if line := line.strip():
                     yield _made(line, f"{file}, line {number}", form)
     except OSError as error:
         raise FieldError("data.path", file, f"cannot be read ({error.strerror})") from error
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines, and of one that no row can be as long as its beginning alone: it is not read into memory."""
+    while line := file.readline(JSON_BYTES + 1):
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = file.readline(JSON_BYTES)
+        yield line
+
+
 def _json_row(line: bytes, form: Form) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"not JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
@@ -282,8 +305,34 @@ def _made(given: bytes | Row, place: str, form: Form) -> Document | UserError:
         return UserError(f"{place}: {error}")
 
 
-def _load(label: str, source: str, form: Form, **arguments: Any) -> Iterator[Document | UserError]:
-    """The datasets door: rows of a hub data set, a local data set folder or a table file.
+def _refuse_packed(file: Path) -> None:
+    """Raises FieldError where datasets would unpack a file, whatever its name, or where little becomes very much."""
+    try:
+        with open_plain(file) as opened:
+            begins = opened.read(512)
+    except OSError as error:
+        raise FieldError("data.path", file, f"cannot be read ({error.strerror})") from error
+    if file.suffix in _PACKED_SUFFIXES or begins.startswith(_PACKED) or begins[257:262] == b"ustar":
+        raise FieldError("data.path", file, "is packed, and may unfold to any size", "unpack it, or leave it out")
+    if file.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            footer = parquet.read_metadata(file)
+            unpacked = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise FieldError("data.path", file, f"is no readable parquet ({reason(error)})") from error
+        size = file.stat().st_size
+        if unpacked > _UNPACKED_BYTES + _UNPACKED * size or footer.num_rows > size:
+            constraint = f"makes {unpacked / 1e6:,.0f} MB and {footer.num_rows:,} rows out of {size:,} bytes"
+            raise FieldError("data.path", file, constraint, "write it again with less compression, if it is yours")
+
+
+def _load(
+    label: str, source: str, form: Form, *, files: Sequence[Path] = (), **arguments: Any
+) -> Iterator[Document | UserError]:
+    """The datasets door: rows of a hub data set, a local data set folder or a table file; ``files`` are the local ones.
 
     A hub data set is tokenised once for its id and split; remove the cache folder to read a newer version of it.
     """
@@ -291,6 +340,8 @@ def _load(label: str, source: str, form: Form, **arguments: Any) -> Iterator[Doc
         import datasets
     except ImportError as error:
         raise FieldError("data.path", label, "needs the package datasets", "pip install 'cuboid[data]'") from error
+    for file in files:
+        _refuse_packed(file)
     try:
         table = datasets.load_dataset(source, **arguments)
     except Exception as error:  # not found, no network, no such split or config: datasets has many kinds

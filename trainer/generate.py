@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from cuboid.parallel.errors import FieldError
+from cuboid.parallel.errors import FieldError, UserError
+from cuboid.trainer.limits import limited
 from cuboid.trainer.model_folder import finished, load_model, load_tokenizer, quietly
 
 
@@ -31,7 +32,7 @@ def generate(source: Path, prompt: str, decoding: Decoding, *, raw: bool = False
     and with ``raw``, it is text that goes on, and is printed too.
 
     Raises:
-        UserError: there is no model, or the prompt is empty or leaves no room.
+        UserError: there is no model, the prompt is empty or leaves no room, or the chat template refuses it.
     """
     with tempfile.TemporaryDirectory() as place, finished(source, beside=Path(place) / "it") as found:
         model = load_model(found.folder)
@@ -59,7 +60,11 @@ def generate(source: Path, prompt: str, decoding: Decoding, *, raw: bool = False
 
 def _as_message(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> str:
     message = {"role": "user", "content": prompt}
-    return tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    try:
+        with limited(seconds=1, megabytes=200):
+            return tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # jinja2's kinds, and whatever an expression of the template raises
+        raise UserError(f"the chat template refuses it: {type(error).__name__}: {error}; --raw does without") from error
 
 
 def _check_room(prompt_tokens: int, new_tokens: int, config: transformers.PretrainedConfig) -> None:
