@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +93,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         write_recipe(laptop, shared)
         yield made
     finally:
-        family = psutil.Process(started.pid).children(recursive=True)
-        started.terminate()
+        family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+        for process in family:  # asked to end, Ray's command waits half a minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         started.wait(60)
         standin.wait_until_gone(family)
         shutil.rmtree(place, ignore_errors=True)
