@@ -21,7 +21,7 @@ from pathlib import Path
 from cuboid.launch import worker
 from cuboid.launch.failures import EXIT_CODES, Ending, Failure, Judge
 from cuboid.launch.supervise import die_with_parent, drive
-from cuboid.launch.watch import watching
+from cuboid.launch.watch import forget, watching
 from cuboid.launch.worker import Place, Train
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
@@ -84,6 +84,7 @@ def run_ranks(places: Sequence[Place], recipe: Recipe, folder: Path, train: Trai
     """Fork this machine's ranks and wait until all have ended; what went wrong, as far as this process sees it. None of
     them is left afterwards."""
     context, plain, log = get_context("fork"), recipe.model_dump(), RunLog(folder)
+    forget(folder, [place.rank for place in places])
     ranks = {
         place.rank: context.Process(target=_rank, args=(place, plain, folder, train), name=f"rank-{place.rank}")
         for place in places

@@ -191,7 +191,7 @@ class RankBackend(Backend):
         """
         seats: list[Seat] = worker_group.execute(_describe, backend_config.probe)
         _check(seats, backend_config)
-        watch.forget(backend_config.folder)
+        watch.forget(backend_config.folder, range(len(seats)))
         ranks = rank_order([seat.node for seat in seats], backend_config.tensor)
         first = ranks.index(0)
         port = worker_group.execute_single(first, worker.free_port)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from cuboid.launch.failures import Failure, record_silent
 from cuboid.launch.waits import Found, Waits
 from cuboid.parallel.errors import one_of
 from cuboid.parallel.schedules import order
-from cuboid.parallel.whereabouts import FOLDER, PATIENT, Sighting, machine, path_of, sighting_of
+from cuboid.parallel.whereabouts import PATIENT, Sighting, machine, path_of, sighting_of
 from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
@@ -65,9 +64,10 @@ def watching(recipe: Recipe, folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def forget(folder: Path) -> None:
-    """Before ranks start: what those of an earlier start said of themselves."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+def forget(folder: Path, ranks: Iterable[int]) -> None:
+    """Before these ranks start: what those of an earlier start said. Their process numbers may be others' by now."""
+    for rank in ranks:
+        path_of(folder, rank).unlink(missing_ok=True)
 
 
 class Watch:
@@ -95,7 +95,8 @@ class Watch:
         if any(self._running[rank] < limit for rank in current):
             return True
         is_still = all(self._moved[rank] < limit for rank in current)
-        return is_still and not any(seen.phase in PATIENT for seen in current.values())
+        # all ranks leave a patient phase together: one that stays there alone keeps the others in a collective
+        return is_still and not all(seen.phase in PATIENT for seen in current.values())
 
     def end_hang(self) -> None:
         """Tell it, and kill the ranks of this machine."""

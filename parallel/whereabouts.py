@@ -20,7 +20,7 @@ _LINE_BYTES = 384
 PHASES = ("start", "batch", "step", "record", "evaluation", "save", "end")
 """Of a run and, from ``batch`` to ``save``, of each of its steps, in their order."""
 PATIENT = frozenset({"start", "save", "end"})
-"""Phases that may take any time in one piece: reading data and weights, planning, writing a checkpoint."""
+"""Phases in which all ranks together may take any time in one piece: reading data and weights, writing a checkpoint."""
 ACTIONS = {
     "F": "forward",
     "B": "backward",

@@ -102,3 +102,33 @@ def test_a_drill_needs_checkpoints_and_something_to_compare_with(tmp_path):
         drill(DrillOptions(recipe=path, overrides=["checkpoint.every=0"]))
     with pytest.raises(UserError, match=r"--against .*nowhere: there is no checkpoint of step 12"):
         drill(DrillOptions(recipe=path, against=tmp_path / "nowhere"))
+
+
+@pytest.mark.full
+@pytest.mark.alone
+@pytest.mark.timeout(400)
+def test_a_fault_at_every_position_of_the_mesh_costs_seconds_and_no_bit(tmp_path, capfd):
+    """Each way to die at two ranks, and a rank that holds its interpreter; the step varies within the interval."""
+    ways = ["kill", "segv", "exit", "raise"]
+    faults = [f"{ways[rank % 4]}@{rank}:{3 * rank + 2 + rank % 3}" for rank in range(8)]
+    steps = 30
+    path = recipe_file(tmp_path, "2x2x2", changes={"train": {"steps": steps}})
+    *deaths, hang = drilled(capfd, path, ",".join([*faults, f"hang@5:{steps - 2}"]))["costs"]
+    for rank, cost in enumerate(deaths):
+        assert (cost["fault"], cost["rank"]) == (ways[rank % 4], rank)
+        assert cost["recover_seconds"] < 12
+        assert cost["cause"].startswith(f"rank {rank} ")
+        assert cost["cause"].endswith((f"in step {cost['step']}", "a fault of the drill"))
+    assert hang["cause"].startswith("rank 5 hung in the forward of microbatch")
+    assert "waits in recv for rank 5" in hang["cause"]
+    assert hang["detect_seconds"] < TIMEOUT_SECONDS + 5
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_a_soak_ends_in_the_same_weights(tmp_path, capfd):
+    """Faults at random moments; by the seed the first ones come after 6, 18 and 39 seconds."""
+    path = recipe_file(tmp_path, "2x1x1", changes={"train": {"steps": 250}})
+    report = drilled(capfd, path, "kill,segv,exit,raise", rate=6.0, seed=153)
+    assert report["costs"]
+    assert 0 < report["goodput"] < 1

@@ -163,6 +163,17 @@ def test_data_models_and_checkpoints_may_take_as_long_as_they_want(watched, phas
     assert not any(watch.sees_hang(moment) for moment in (100.0, 111.0, 4000.0))
 
 
+def test_a_rank_that_stays_in_a_save_alone_hangs(tmp_path):
+    recipe = recipe_on("1x2x1", changes={"launch": {"timeout_seconds": 10}})
+    watch, ranks = Watch(recipe, tmp_path), [Whereabouts(path_of(tmp_path, rank)) for rank in range(2)]
+    for where in ranks:
+        where.begin("save", 3)
+    assert not any(watch.sees_hang(moment) for moment in (100.0, 4000.0))
+    ranks[0].begin("batch", 4)
+    assert not watch.sees_hang(4001.0)
+    assert watch.sees_hang(4011.1)
+
+
 def test_a_long_evaluation_moves(watched):
     watch, where = watched
     where.begin("evaluation", 3)
