@@ -72,6 +72,8 @@ def drill(options: DrillOptions) -> int:
     recipe = checked_recipe(options.recipe, [*(options.overrides or ()), "track.to=none"])
     if not recipe.checkpoint.every:
         raise FieldError("checkpoint.every", 0, "leaves nothing to go on from after a fault", "use 1 or more")
+    if recipe.launch.launcher == "slurm":
+        raise FieldError("launch.launcher", "slurm", "cannot be drilled", "use local or ray")
     faults = parse(options.faults, recipe, seed=options.seed, rate=options.rate)
     root = str(Path(recipe.runs) / f"{recipe.name}-drill")
     undisturbed = options.against.absolute() if options.against else _undisturbed(recipe, root)
@@ -98,8 +100,6 @@ def _run(recipe: Recipe, train: Train | None) -> tuple[int, Path]:
             from cuboid.launch import local
 
             return local.launch(recipe, folder, train=train, quiet=True), folder
-        if recipe.launch.launcher == "slurm":
-            raise FieldError("launch.launcher", "slurm", "cannot be drilled", "use local or ray")
         from cuboid.launch import ray_cluster
 
         return ray_cluster.launch(recipe, folder, train=train), folder

@@ -119,6 +119,7 @@ def test_schema_is_json():
         (["train", "mini.yaml", "seed=!!python/object/apply:os.abort []"], "the tag !!python/object/apply:os.abort is"),
         (["train", "mini.yaml", "runs=text.txt"], "runs=text.txt cannot be written"),
         (["train", "mini.yaml", "--resume"], "there is nothing to resume"),
+        (["drill", "mini.yaml", "--faults", "boom"], "--faults: boom is no fault; use kill, segv, "),
         (["checkpoint", "list", "."], "holds no checkpoint"),
         (["checkpoint", "inspect", "text.txt"], "text.txt is a file; a checkpoint is a folder with manifest.json"),
         (["checkpoint", "verify", "nowhere"], "nowhere does not exist"),
