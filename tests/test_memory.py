@@ -33,10 +33,9 @@ def _train_limited(recipe: Recipe, folder: Path) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * os.sysconf("SC_PAGE_SIZE") + _ROOM_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        try:
-            return step(engine, *args, **told)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        result = step(engine, *args, **told)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return result
 
     NativeEngine.step = limited_step  # type: ignore[method-assign]
     train(recipe, folder)
@@ -63,7 +62,7 @@ def test_a_rank_without_memory_is_told_and_goes_on_with_smaller_microbatches(tmp
         run_ranks(_train_limited, 2, recipe, folder, timeout=120)
     (found,) = events(folder, "out_of_memory")
     assert (found["rank"], found["step"], found["microbatch_size"]) == (1, 2, 8)
-    assert found["peak_bytes"] < found["limit_bytes"]
+    assert found["peak_bytes"] < found["limit_bytes"] < 8 << 30, "the limit of the process, not the machine's memory"
     run_ranks(_train_limited, 2, recipe, folder, timeout=120)
     check_resumed(folder, at=1)
     (event,) = events(folder, "shrink")
@@ -73,7 +72,5 @@ def test_a_rank_without_memory_is_told_and_goes_on_with_smaller_microbatches(tmp
 
 def test_microbatches_shrink_as_far_as_the_batch_divides() -> None:
     recipe = limited()
-    found = [
-        smaller and smaller.batch_plan.microbatch_size for smaller in (_with_smaller(recipe, n) for n in (8, 3, 1))
-    ]
-    assert found == [4, 2, None]
+    smaller = [_with_smaller(recipe, too_large) for too_large in (8, 3, 1)]
+    assert [found and found.batch_plan.microbatch_size for found in smaller] == [4, 2, None]

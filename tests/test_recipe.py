@@ -272,6 +272,7 @@ def test_what_may_differ_on_resume(write):
         "launch.launcher=local",
         "track.to=none",
         "checkpoint.every=1",
+        "faults.not_finite=skip",
         "train.steps=20",
         "train.log_every=5",
         "runs=/tmp",

@@ -71,15 +71,15 @@ class Watch:
         Raises:
             Untrusted: nothing should be learned from the step; on every rank at once.
         """
+        if result.told[1] % PRIME:
+            self._compare_replicas(result)
         try:
-            if result.told[1] % PRIME:
-                self._compare_replicas(result)
             self._engine.refuse_not_finite(result)
             if step in self.skipped:
                 raise LeftOut("it was left out before the run went back", result)
             self._refuse_spike(result)
         except Untrusted:
-            self._compare_replicas(result)  # a flipped bit can be what lies behind the number
+            self._compare_replicas(result)  # a flipped bit may lie behind the number
             raise
         self._recent.append((result.loss, result.grad_norm))
 
