@@ -12,7 +12,7 @@ WORKERS ?= 2
 SIDE_BY_SIDE = -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 docstrings finetune test test-full test-disk test-slurm lint format types typing docs
+.PHONY: help install quickstart smollm2 docstrings finetune test test-full test-disk test-slurm lint audit format types typing docs
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -64,6 +64,11 @@ lint: install ## ruff, its formatter, and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	git ls-files -z | xargs -0 $(BIN)/codespell
+
+# Not in .ci/run: it needs PyPI's advisories. --strict: a package that cannot be looked up is a failure, not a pass.
+audit: install ## the versions of constraints.txt against known advisories; needs a network with PyPI
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 format: install ## what lint can mend by itself
 	$(BIN)/ruff check --fix

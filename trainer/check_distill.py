@@ -91,13 +91,13 @@ def cache_errors(recipe: Recipe) -> Iterator[FieldError]:
 
 def _is_consistent(facts: Facts) -> bool:
     """Whether the files have the sizes that follow from what the facts say of them."""
-    numbers = [facts.get(name) for name in ("samples", "sequence_length", "top_k")]
-    samples, length, top_k = (number if type(number) is int else 0 for number in numbers)
-    if min(samples, length, top_k) < 1:
+    if not facts.keys() >= {"temperature", "teacher", "data", "samples", "sequence_length", "top_k"}:
+        return False
+    samples, length, top_k = (facts[name] for name in ("samples", "sequence_length", "top_k"))
+    if not all(type(number) is int and number > 0 for number in (samples, length, top_k)):
         return False
     row = {"keys.bin": 8, "rows.bin": 8, "values.bin": 4 * length * (top_k + 1), "ids.bin": 4 * length * top_k}
-    names = {"temperature", "teacher", "data"}
-    return facts["bytes"] == {name: samples * size for name, size in row.items()} and facts.keys() >= names
+    return facts["bytes"] == {name: samples * size for name, size in row.items()}
 
 
 def teach_errors(recipe: Recipe) -> Iterator[FieldError]:

@@ -175,7 +175,7 @@ def _parts(name: str, form: Form, select: dict[str, str]) -> list[_Part]:
             raise FieldError("data.path", name, "matches no file", "look at the pattern and the working directory")
         return [_file(file, form) for file in found]
     if _HUB_ID.fullmatch(name) and place.suffix not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".jsonl"):
-        return [_Part(["hub", name, select], None, lambda: _load(name, name, form, **select))]
+        return [_Part(["hub", name, select], None, lambda: _load(name, name, form, select=select))]
     remedy = f"give a file, a folder, a glob, a hub id or {PACKAGES[0]} (relative to {Path.cwd()})"
     raise FieldError("data.path", name, "does not exist", remedy)
 
@@ -225,7 +225,7 @@ def _folder(name: str, folder: Path, form: Form, select: dict[str, str]) -> list
     if tables:
         key = ["folder", select, *(_stat_key(file) for file in files)]
         size = sum(file.stat().st_size for file in files)
-        return [_Part(key, size, lambda: _load(name, str(folder), form, files=files, **select))]
+        return [_Part(key, size, lambda: _load(name, str(folder), form, files=files, select=select))]
     texts = [file for file in files if file.suffix in (*TEXT_SUFFIXES, ".jsonl")]
     if not texts:
         suffixes = ", ".join((*TEXT_SUFFIXES, ".jsonl", ".parquet", ".csv"))
@@ -239,7 +239,11 @@ def _file(file: Path, form: Form) -> _Part:
         return _Part(key, size, lambda: _json_lines(file, form))
     if reader := TABLE_SUFFIXES.get(file.suffix):
         place = {"train": [str(file)]}
-        return _Part(key, size, lambda: _load(str(file), reader, form, files=[file], data_files=place, split="train"))
+        return _Part(
+            key,
+            size,
+            lambda: _load(str(file), reader, form, files=[file], select={"split": "train", "data_files": place}),
+        )
     _refuse_text(file, form)
     return _Part(key, size, lambda: _text(file))
 
@@ -330,7 +334,7 @@ def _refuse_packed(file: Path) -> None:
 
 
 def _load(
-    label: str, source: str, form: Form, *, files: Sequence[Path] = (), **arguments: Any
+    label: str, source: str, form: Form, *, select: Mapping[str, Any], files: Sequence[Path] = ()
 ) -> Iterator[Document | UserError]:
     """The datasets door: rows of a hub data set, a local data set folder or a table file; ``files`` are the local ones.
 
@@ -343,7 +347,7 @@ def _load(
     for file in files:
         _refuse_packed(file)
     try:
-        table = datasets.load_dataset(source, **arguments)
+        table = datasets.load_dataset(source, **select)
     except Exception as error:  # not found, no network, no such split or config: datasets has many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         missing = "" if os.path.exists(label) else "is no file or folder here, and "

@@ -15,6 +15,10 @@ _AGAIN_SECONDS = 0.1
 """A raised error can fall into a destructor, which swallows it."""
 
 
+class _Late(BaseException):
+    """Not an Exception, which Jinja's compiler swallows where it tries what a constant expression gives."""
+
+
 @contextmanager
 def limited(*, seconds: float, megabytes: int) -> Iterator[None]:
     """Raise TimeoutError in the block after ``seconds`` of the processor, and MemoryError where this process grows by
@@ -25,7 +29,7 @@ def limited(*, seconds: float, megabytes: int) -> Iterator[None]:
         return
 
     def end(number: int, frame: types.FrameType | None) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
+        raise _Late
 
     before, (soft, hard) = signal.signal(signal.SIGVTALRM, end), resource.getrlimit(resource.RLIMIT_AS)
     room = _address_bytes() + megabytes * 10**6
@@ -33,6 +37,8 @@ def limited(*, seconds: float, megabytes: int) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
     try:
         yield
+    except _Late:
+        raise TimeoutError(f"not done after {seconds} s") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
