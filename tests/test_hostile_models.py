@@ -15,11 +15,12 @@ from hostile import ALWAYS, BOMBS, changed, header_of, header_of_many, mutations
 from hypothesis import example, given, settings
 from samples import save_chat_tokenizer
 from stores import make_model
+from transformers import LlamaConfig
 
-from cuboid.parallel.errors import UserError
+from cuboid.parallel.errors import FieldError, UserError
 from cuboid.trainer.adapter_folder import settings_and_base
 from cuboid.trainer.foreign import check_folder
-from cuboid.trainer.model_config import read_checked_config
+from cuboid.trainer.model_config import check_buildable, read_checked_config
 from cuboid.trainer.model_folder import load_model, load_tokenizer
 from cuboid.trainer.recipe import ModelSettings
 from cuboid.trainer.shards import encode_header
@@ -146,6 +147,12 @@ def test_a_hostile_model_is_refused(model: Path, case: str) -> None:
     for work in (train_on, load_model):
         assert words in refusal(work, model)
     assert not (model / "hacked").exists()
+
+
+def test_a_config_that_names_kernels_is_refused_without_a_file_too() -> None:
+    values = make_model().config.to_dict() | {"attn_implementation": "enemy/kernel"}
+    with pytest.raises(FieldError, match="attn_implementation=enemy/kernel is code of a hub, which is never run"):
+        check_buildable(LlamaConfig.from_dict(values))
 
 
 def test_a_tokenizer_that_asks_for_code_is_refused(model: Path) -> None:

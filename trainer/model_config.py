@@ -34,14 +34,18 @@ def read_checked_config(settings: ModelSettings) -> PretrainedConfig:
     if not hasattr(config, "num_hidden_layers"):
         constraint = "holds no layers of its own: it joins several models, as of text and images"
         raise FieldError("model.model_type", config.model_type, constraint, "use the text model alone")
-    check_depth(config)
+    check_buildable(config)
     if settings.layers is not None:
         return shallower(config, kept_layers(settings.layers, config.num_hidden_layers))
     return config
 
 
-def check_depth(config: PretrainedConfig) -> None:
-    """Raises FieldError where a config counts layers that would be built for ever, also without any values."""
+def check_buildable(config: PretrainedConfig) -> None:
+    """Raises FieldError where a config counts layers that would be built for ever, also without any values, or names
+    kernels that would be fetched and run."""
+    for field in ("attn_implementation", "experts_implementation"):
+        if "/" in str(kernels := getattr(config, f"_{field}", None)):
+            raise FieldError(field, kernels, "is code of a hub, which is never run", "remove it from the config")
     layers = getattr(config, "num_hidden_layers", 1)
     if type(layers) is not int or not 1 <= layers <= _MOST_LAYERS:
         raise FieldError("num_hidden_layers", shown(layers), "is no model's", f"use 1 to {_MOST_LAYERS}")

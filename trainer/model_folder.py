@@ -21,7 +21,7 @@ from cuboid.trainer.foreign import check_folder, reason
 from cuboid.trainer.low_rank_format import is_low_rank, load_low_rank, read_low_rank_config
 from cuboid.trainer.manifest import MANIFEST
 from cuboid.trainer.model import draw_blueprint, local_folder
-from cuboid.trainer.model_config import check_depth
+from cuboid.trainer.model_config import check_buildable
 from cuboid.trainer.out_folder import disk_errors_of
 from cuboid.trainer.publish import discard
 from cuboid.trainer.recipe import Recipe, validated
@@ -124,7 +124,7 @@ def read_config(folder: Path) -> Config:
     check_folder(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        check_depth(config)
+        check_buildable(config)
         return config
     except Exception as error:  # each class of a config refuses its values in its own way
         raise UserError(f"{folder} is not a model's folder: {reason(error)}") from error
