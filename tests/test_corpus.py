@@ -83,7 +83,7 @@ def test_tables_and_data_set_folders_are_read_by_datasets(tmp_path, monkeypatch)
         texts(folder, text_column="body", split="dev")
     broken = tmp_path / "broken.parquet"
     broken.write_bytes((folder / "test.parquet").read_bytes()[:-100])
-    with pytest.raises(FieldError, match=r"data.path=.*broken.parquet cannot be loaded by datasets \("):
+    with pytest.raises(FieldError, match=r"data.path=.*broken.parquet is no readable parquet \("):
         texts(broken, text_column="body")
     (tmp_path / "gone.txt").write_text("gone")
     for name, words in (("t.csv", "is no file or folder here"), ("gone.txt", r"cannot be read \(No such file")):
