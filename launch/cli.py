@@ -143,7 +143,9 @@ Overrides = Annotated[
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    launcher: Annotated[Launcher | None, typer.Option(help="ray, or local processes without Ray.")] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="ray, local processes without Ray, or slurm, within a Slurm job.")
+    ] = None,
     resume: Annotated[
         bool | None,
         typer.Option(

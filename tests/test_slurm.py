@@ -220,22 +220,23 @@ def test_a_node_that_does_not_begin_or_see_the_folder_is_named_and_none_outlives
         slurm_step.run_step(tmp_path / "elsewhere", nodes, 1)
     assert not (tmp_path / "elsewhere").exists()
 
-    runs_here = tmp_path / "run"
-    runs_here.mkdir()
-    (runs_here / "recipe.yaml").write_text(dump_recipe(RECIPE))
+    halted, killed = tmp_path / "halted", tmp_path / "killed"
+    for folder in (halted, killed):
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(dump_recipe(RECIPE))
     monkeypatch.setattr(slurm_step, "_START_SECONDS", 6.0)
     os.kill(cluster.daemons["n2"].pid, signal.SIGSTOP)
     try:
         with pytest.raises(slurm_step.NodesMissing, match=r"^node n2 did not begin within 6 s \(.*launcher.txt\)$"):
-            slurm_step.run_step(runs_here, nodes, 2)
+            slurm_step.run_step(halted, nodes, 2)
     finally:
         os.kill(cluster.daemons["n2"].pid, signal.SIGCONT)
 
     monkeypatch.setattr(slurm_step, "_START_SECONDS", 60.0)
-    driver = get_context("fork").Process(target=slurm_step.run_step, args=(runs_here, nodes, 2))
+    driver = get_context("fork").Process(target=slurm_step.run_step, args=(killed, nodes, 2))
     driver.start()
-    cluster.wait(lambda: len(standin.worker_pids(runs_here)) == 4, seconds=PATIENCE)
-    ranks = [psutil.Process(pid) for pid in standin.worker_pids(runs_here)]
+    cluster.wait(lambda: len(standin.worker_pids(killed)) == 4, seconds=PATIENCE)
+    ranks = [psutil.Process(pid) for pid in standin.worker_pids(killed)]
     agents = {rank.parent() for rank in ranks}
     assert len(agents) == 2
     driver.kill()
