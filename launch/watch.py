@@ -84,9 +84,10 @@ class Watch:
         """Whether no rank has moved, or one has been stopped, for `launch.timeout_seconds` at ``now`` (monotonic)."""
         current = self._look()
         for rank, seen in current.items():
-            if self._seen.get(rank) != seen:
+            before = self._seen.get(rank)
+            if before != seen:
                 self._moved[rank] = now
-            if self._state(seen) != "T" or rank not in self._running or self._seen[rank].pid != seen.pid:
+            if before is None or before.pid != seen.pid or self._state(seen) != "T":
                 self._running[rank] = now
         self._seen = current
         if len(current) < self._recipe.layout.world_size:

@@ -1,5 +1,9 @@
 """Hangs: when no rank moves it is one, and who waits for whom. Real ones are made by the drills of test_drill.py."""
 
+import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ from cuboid.launch.waits import Found, Waits
 from cuboid.launch.watch import Watch
 from cuboid.parallel.layout import Layout
 from cuboid.parallel.schedules import order
-from cuboid.parallel.whereabouts import Sighting, Whereabouts, path_of, sighting_of
+from cuboid.parallel.whereabouts import Sighting, Whereabouts, machine, path_of, sighting_of
 
 COLLECTIVE = 'File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper\n'
 SUM = 'File "/x/torch/distributed/distributed_c10d.py", line 3 in all_reduce\n' + COLLECTIVE
@@ -161,6 +165,24 @@ def test_data_models_and_checkpoints_may_take_as_long_as_they_want(watched, phas
     watch, where = watched
     where.begin(phase, 3)
     assert not any(watch.sees_hang(moment) for moment in (100.0, 111.0, 4000.0))
+
+
+def test_a_stopped_process_hangs_in_any_phase_of_any_attempt(tmp_path):
+    """Its state tells, so that it needs no patience; one that goes on in time is none."""
+    recipe = recipe_on("1x1x1", changes={"launch": {"timeout_seconds": 10}})
+    watch = Watch(recipe, tmp_path)
+    for began in (100.0, 200.0):
+        with subprocess.Popen(["sleep", "60"]) as process:
+            told = {"machine": machine(), "pid": process.pid, "count": 1, "step": 4, "phase": "save"}
+            path_of(tmp_path, 0).parent.mkdir(exist_ok=True)
+            path_of(tmp_path, 0).write_text(json.dumps(told))
+            assert not watch.sees_hang(began)
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            assert not watch.sees_hang(began + 9.0)
+            assert watch.sees_hang(began + 10.1)
+            process.kill()
+        assert not watch.sees_hang(began + 30.0), "it is gone"
 
 
 def test_a_rank_that_stays_in_a_save_alone_hangs(tmp_path):
