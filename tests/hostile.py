@@ -24,9 +24,9 @@ ALWAYS = settings(deadline=None, derandomize=True, max_examples=60, database=Non
 """Of a fuzz test: the same inputs each time."""
 BOMBS = {
     "lists": b'{"a": [' + b"[]," * 3_000_000 + b"[]]}",
-    "lists within bounds": b'{"a": [' + b"[]," * 490_000 + b"[]]}",
-    "mappings within bounds": b'{"a": [' + b'{"":0},' * 330_000 + b"{}]}",
-    "keys within bounds": b"{" + b",".join(b'"%x":0' % number for number in range(490_000)) + b"}",
+    "lists within bounds": b'{"a": [' + b"[]," * 245_000 + b"[]]}",
+    "mappings within bounds": b'{"a": [' + b'{"":0},' * 165_000 + b"{}]}",
+    "keys within bounds": b"{" + b",".join(b'"%x":0' % number for number in range(245_000)) + b"}",
     "text within bounds": b'{"a": "' + b"x" * (15 << 20) + "\U0001f600".encode() + b'"}',
     "text": b" " * (20 << 20) + b"{}",
     "depth": b'{"a": ' + b"[" * 2_000_000,

@@ -177,6 +177,12 @@ VALUES = st.recursive(
 )
 
 
+def test_a_row_may_hold_a_long_text_of_any_signs(tmp_path: Path) -> None:
+    text = '[{"a": 1, "b": []}, ' * 300_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    assert [*find_corpus(str(tmp_path / "a.jsonl")).read()] == [text]
+
+
 @ALWAYS
 @given(st.lists(VALUES.map(json.dumps) | st.text(max_size=20), max_size=4))
 def test_any_rows_are_documents_or_told(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
