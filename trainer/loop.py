@@ -91,7 +91,10 @@ def train_step(run: Run) -> StepResult:
     run.block.whereabouts.begin("batch", step)
     rate = learning_rate(step, steps=recipe.train.steps, settings=recipe.optimizer)
     # every draw (dropout) is a function of seed, step and place, so that no generator state has to be saved
-    torch.manual_seed(_seed(recipe.seed, step, *run.block.coordinate))
+    place = run.block.coordinate
+    if not recipe.parallel.sequence:
+        place = place._replace(tensor=0)  # tensor ranks compute the same hidden states, and must drop the same of them
+    torch.manual_seed(_seed(recipe.seed, step, *place))
     batch = run.dataset.batch(recipe.batch_plan.samples(step, run.block.coordinate.data))
     prune(run, step, batch)
     if recipe.quantize is not None and step == recipe.quantize.start_step:
