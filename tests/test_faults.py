@@ -65,7 +65,7 @@ def poisoned(recipe: Recipe, folder: Path, poison: Mapping[int, float], **more: 
     return read_metrics(folder)
 
 
-@pytest.mark.parametrize("mesh", ["2x2x1", pytest.param("2x2x2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("mesh", ["2x2x1", pytest.param("1x2x2", marks=pytest.mark.full)])
 def test_skipped_and_rewound_and_resumed_runs_are_the_same(tmp_path: Path, mesh: str) -> None:
     """Bit for bit: all of them update nothing in steps 5 and 7."""
     skipping = on(mesh, not_finite="skip", spike="skip", window=4)
@@ -106,12 +106,15 @@ def test_too_many_faults_stop_the_run(tmp_path: Path) -> None:
     assert saved_facts(tmp_path)[STEPS]["faults"]["skipped"] == [4, 5, 6]
 
 
+PAIR = "ranks 0 and 1 hold different bits of {}"
+
+
 @pytest.mark.parametrize(
     ("mesh", "name", "words"),
     [
         ("1x3x1", "model.layers.0.mlp.up_proj.weight", "rank 2 holds other bits of {} than the 2 others"),
-        pytest.param("2x1x2", "model.norm.weight", "ranks 2 and 3 hold different bits of {}", marks=pytest.mark.full),
-        ("2x1x1", "model.embed_tokens.weight", "ranks 0 and 1 hold different bits of {}"),
+        pytest.param("1x1x2", "model.norm.weight", PAIR, marks=pytest.mark.full),
+        pytest.param("2x1x1", "model.embed_tokens.weight", PAIR, marks=pytest.mark.full),  # tied, over the pipeline
     ],
 )
 def test_a_flipped_bit_is_found_and_the_run_goes_back(tmp_path: Path, mesh: str, name: str, words: str) -> None:
