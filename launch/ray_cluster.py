@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from cuboid.launch import slurm_ray
 from cuboid.launch.failures import Ending
 from cuboid.launch.supervise import drive
 from cuboid.launch.worker import Train
 from cuboid.trainer.recipe import Recipe
+
+IN_JOB = "slurm"
+"""As `launch.address`: a cluster on the nodes of the Slurm job in which the command runs."""
 
 _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -55,10 +60,19 @@ def _host(recipe: Recipe, folder: Path, train: Train | None) -> Ending:
         address = None
     for name, value in (_SETTINGS if address else _SETTINGS | _OWN_CLUSTER).items():
         os.environ.setdefault(name, value)
-    from cuboid.launch.ray_group import Group
-
     storage = folder / ".ray"
     try:
-        return Group(recipe, folder, storage=storage).run(address, train)
+        if address == IN_JOB:
+            with slurm_ray.cluster(folder) as (head, nodes):
+                return _run(recipe, folder, storage, head, train, nodes)
+        return _run(recipe, folder, storage, address, train)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _run(
+    recipe: Recipe, folder: Path, storage: Path, address: str | None, train: Train | None, nodes: Sequence[str] = ()
+) -> Ending:
+    from cuboid.launch.ray_group import Group
+
+    return Group(recipe, folder, storage=storage).run(address, train, nodes)

@@ -27,7 +27,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from cuboid.launch import watch, worker
 from cuboid.launch.failures import RESIZE, Ending, Failure, Judge, stop_reason
 from cuboid.launch.placement import rank_order
-from cuboid.launch.ray_room import Bundle, Room
+from cuboid.launch.ray_room import Bundle, Room, wait_for_nodes
 from cuboid.launch.supervise import end_with_driver
 from cuboid.launch.worker import Place, Train
 from cuboid.parallel.errors import RunFailed, UserError
@@ -48,18 +48,19 @@ class Group:
         self.recipe, self.folder, self.storage = recipe, folder, storage
         self.size = recipe.layout.world_size
 
-    def run(self, address: str | None, train: Train | None) -> Ending:
-        """Until the run has ended; Ray is left behind as it was found.
+    def run(self, address: str | None, train: Train | None, nodes: Sequence[str] = ()) -> Ending:
+        """Until the run has ended; Ray is left behind as it was found. ``nodes`` are those that must have joined.
 
         Raises:
             UserError: no cluster at the address, or one without room.
-            RunFailed: the room is taken by other work.
+            RunFailed: the room is taken by other work; a node has not joined.
         """
         log = RunLog(self.folder)
         judge = Judge(self.folder, max_failures=self.recipe.launch.max_failures, world_size=self.size)
         self._connect(address)
         try:
             end_with_driver()  # ray.init has taken SIGTERM over
+            wait_for_nodes(nodes)
             room = Room(self.recipe, is_own=address is None)
             recipe, bundle = room.find()
             log.event("phase", name="cluster")

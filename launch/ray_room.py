@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import ray
 from cuboid.launch.failures import RESIZE, step_in_work, stop_reason
 from cuboid.launch.placement import rank_bundle, told_resources
 from cuboid.launch.supervise import ask_to_stop
-from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.parallel.errors import RunFailed, UserError, one_of
 from cuboid.parallel.layout import Layout
 from cuboid.trainer import elastic
 from cuboid.trainer.recipe import Recipe
@@ -25,6 +25,8 @@ _ROOM_SECONDS = 45.0
 """How long nodes may take to join, and other work to end, before a run that has no room is given up."""
 _RETURN_SECONDS = 10.0
 """How long an elastic run waits for all its data ranks before it begins with fewer."""
+_JOIN_SECONDS = 60.0
+"""For the nodes of a Slurm job to join the cluster that is started there."""
 _LOOK_SECONDS = 5.0
 """Between two looks for more room; a node that stays for two of them is worth a restart."""
 
@@ -123,6 +125,15 @@ class Room:
         if self._least_bundle(layout) is None:
             return UserError(f"{need}; the Ray cluster has {self.told()}")
         return RunFailed(f"{need}; of {self.told()} only {told_resources([ray.available_resources()])} are free")
+
+
+def wait_for_nodes(names: Sequence[str]) -> None:
+    """Until nodes of these names live. Raises RunFailed with the ones that do not come."""
+    deadline = time.monotonic() + _JOIN_SECONDS
+    while missing := sorted(set(names) - {node["NodeName"] for node in ray.nodes() if node["Alive"]}):
+        if time.monotonic() > deadline:
+            raise RunFailed(f"node {one_of(missing)} did not join the Ray cluster within {_JOIN_SECONDS:.0f} s")
+        time.sleep(0.5)
 
 
 def _nodes() -> list[Mapping[str, float]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from cuboid.launch.failures import shown
 from cuboid.launch.placement import ranks_per_node
+from cuboid.launch.ray_cluster import IN_JOB
 from cuboid.launch.run_folder import run_folder
-from cuboid.launch.slurm_options import SlurmOptions
+from cuboid.launch.slurm_options import Launcher, SlurmOptions
 from cuboid.launch.training import checked_recipe, this_command
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.recipe import Recipe
@@ -43,7 +44,11 @@ elif [ "$code" = 85 ]; then
 fi
 exit "$code"
 """
-_SETTLED = {"launch.launcher": "srun starts the ranks, without Ray", "launch.device": "--gpus-per-node"}
+_SETTLED = {"launch.launcher": "--launcher", "launch.address": "--launcher", "launch.device": "--gpus-per-node"}
+_STARTS = {
+    Launcher.local: ["launch.launcher=slurm"],
+    Launcher.ray: ["launch.launcher=ray", f"launch.address={IN_JOB}"],
+}
 _EARLY_SECONDS = 60
 """By so much Slurm may send the signal before its time (sbatch's manual, --signal)."""
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
@@ -75,7 +80,7 @@ def _overrides(options: SlurmOptions) -> list[str]:
         if given := [text for text in options.overrides or () if text.partition("=")[0] == settled]:
             raise UserError(f"{given[0]}: {settled} is settled by the job ({by}); leave it out")
     device = "cuda" if options.gpus_per_node else "cpu"
-    return [*(options.overrides or ()), "launch.launcher=slurm", f"launch.device={device}"]
+    return [*(options.overrides or ()), *_STARTS[options.launcher], f"launch.device={device}"]
 
 
 def _check_fits(recipe: Recipe, options: SlurmOptions) -> None:

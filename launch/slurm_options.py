@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+
+class Launcher(StrEnum):
+    """What starts the ranks of a job."""
+
+    local = "local"
+    ray = "ray"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +40,7 @@ class SlurmOptions:
         int, typer.Option(min=10, help="How long before its time limit the job saves and goes back into the queue.")
     ] = 120
     max_requeues: Annotated[int, typer.Option(min=0, help="How often it goes back into the queue by itself.")] = 100
+    launcher: Annotated[
+        Launcher, typer.Option(help="local: srun starts the ranks; ray: a Ray cluster on the job's nodes does.")
+    ] = Launcher.local
     submit: Annotated[bool, typer.Option("--submit", help="Hand the script to sbatch too.")] = False

@@ -60,12 +60,13 @@ def launch(recipe: Recipe, folder: Path) -> int:
     return drive(recipe, folder, partial(_host, recipe, folder, nodes, size))
 
 
-def job_nodes() -> list[str]:
-    """Names of the job's nodes, as Slurm orders them. Raises FieldError outside of a job."""
+def job_nodes(field: str = "launch.launcher") -> list[str]:
+    """Names of the job's nodes, as Slurm orders them. Raises FieldError outside of a job, about the ``field`` that asks
+    for one."""
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         constraint, remedy = "runs within a Slurm job, and this is none", "write a job with `cuboid slurm`"
-        raise FieldError("launch.launcher", "slurm", constraint, remedy)
+        raise FieldError(field, "slurm", constraint, remedy)
     command = ["scontrol", "show", "hostnames", nodes]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
@@ -120,7 +121,7 @@ def run_step(folder: Path, nodes: Sequence[str], size: int) -> Failed:
         try:
             return _follow(step.stdout, folder, nodes, size)
         finally:
-            _end(step)
+            end_step(step)
 
 
 def _follow(agents: IO[str], folder: Path, nodes: Sequence[str], size: int) -> Failed:
@@ -182,8 +183,8 @@ def _lost(rank: int, node: str) -> Failure:
     return Failure(rank=rank, cause=f"was lost with its node {node}", silent=True, time=time.time())
 
 
-def _end(step: subprocess.Popen[str]) -> None:
-    """Nothing of the step is left."""
+def end_step(step: subprocess.Popen[Any]) -> None:
+    """Nothing of it is left: the end of srun's standard input is that of its agents."""
     assert step.stdin is not None
     step.stdin.close()
     if step.poll() is None:

@@ -4,10 +4,12 @@ import math
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -241,3 +243,32 @@ def test_a_node_that_does_not_begin_or_see_the_folder_is_named_and_none_outlives
     assert len(agents) == 2
     driver.kill()
     standin.wait_until_gone([*ranks, *agents])
+
+
+def test_a_ray_cluster_of_the_jobs_own_trains_and_loses_no_step(cluster: Cluster, calm: Path, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "--launcher", "ray", "--save-seconds", "90")
+    job.trains(1)
+    assert stat.S_IMODE((job.folder / ".ray/token").stat().st_mode) == 0o600
+    ray = [psutil.Process(pid) for pid in pids_of_ray(job)]
+    assert len({process.name() for process in ray} & {"gcs_server", "raylet"}) == 2
+    places = standin.events(job.folder, "workers")[-1]["ranks"]
+    assert len(places) == 4
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
+    job.trains(2)
+    standin.wait_until_gone(ray)
+    job.wait_for("COMPLETED")
+    stops = [event["step"] for event in standin.events(job.folder, "stop")]
+    assert job.starts() == [0, stops[0]]
+    job.is_like(calm)
+    assert not pids_of_ray(job)
+
+
+def pids_of_ray(job: Job) -> list[int]:
+    """Of the job's cluster, by the folder that all its processes know."""
+    place = f"/tmp/cuboid-{os.getuid()}-{job.id}/"
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(place in word for word in process.cmdline()):
+                found.append(process.pid)
+    return found

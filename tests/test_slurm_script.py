@@ -58,6 +58,12 @@ def test_the_script_asks_for_what_was_asked(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 
 
+def test_a_ray_cluster_is_one_option_away(tmp_path: Path) -> None:
+    assert cuboid_slurm("--nodes", "2", "--launcher", "ray")[0] == 0
+    text = (tmp_path / "my runs/resume.sbatch").read_text()
+    assert " train recipe.yaml launch.launcher=ray launch.address=slurm launch.device=cpu &\n" in text
+
+
 def test_the_page_shows_the_script_that_is_written(tmp_path: Path) -> None:
     runs_folder = "/proc/none"  # nothing is written there: the script is only rendered
     overrides = ["launch.launcher=slurm", "launch.device=cuda"]
@@ -116,7 +122,7 @@ def test_whole_nodes_unless_it_is_said_how_many_cpus(tmp_path: Path) -> None:
         (["--nodes", "2", "--time", "soon"], "--time soon is no time; use minutes, hours:minutes:seconds or days-"),
         (["--nodes", "2", "--time", "3"], "--time 3 leaves no time to train before --save-seconds 120 and"),
         (["--nodes", "2", "parallel.data=auto"], "parallel.data=auto cannot be settled before the cluster is reached"),
-        (["--nodes", "2", "launch.launcher=ray"], "launch.launcher is settled by the job (srun starts the ranks, with"),
+        (["--nodes", "2", "launch.launcher=ray"], "launch.launcher is settled by the job (--launcher); leave it out"),
         (["--nodes", "2", "runs=here"], "runs=here is relative"),
         (["--nodes", "0"], "Invalid value for '--nodes'"),
         ([], "Missing option '--nodes'"),

@@ -307,7 +307,8 @@ class LaunchSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where there are any, one for each rank; else cores of the CPU, which ranks may outnumber."""
     address: Text | None = None
-    """Address of a running Ray cluster; null: a local one of this run's own."""
+    """Address of a running Ray cluster; slurm: one that is started for the run on the nodes of its Slurm job (`cuboid
+    slurm --launcher ray`); null: a local one of this run's own."""
     max_failures: CountOrZero = 10
     """Restarts in all; the run also stops after three failures without a newer checkpoint."""
     timeout_seconds: Count = 300
