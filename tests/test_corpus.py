@@ -86,10 +86,10 @@ def test_tables_and_data_set_folders_are_read_by_datasets(tmp_path, monkeypatch)
     with pytest.raises(FieldError, match=r"data.path=.*broken.parquet is no readable parquet \("):
         texts(broken, text_column="body")
     (tmp_path / "gone.txt").write_text("gone")
-    for name, words in (("t.csv", "is no file or folder here"), ("gone.txt", r"cannot be read \(No such file")):
+    for name in ("t.csv", "gone.txt"):
         corpus = find_corpus(str(tmp_path / name))
         (tmp_path / name).unlink()
-        with pytest.raises(FieldError, match=f"data.path=.*{name} {words}"):
+        with pytest.raises(FieldError, match=rf"data.path=.*{name} cannot be read \(No such file"):
             list(corpus.read())
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FieldError, match=r"needs the package datasets; pip install 'cuboid\[data\]'"):
