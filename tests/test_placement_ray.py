@@ -18,7 +18,7 @@ from cuboid.trainer.runlog import read_events, read_metrics
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.alone, pytest.mark.full]
 
-IMPATIENT = "from cuboid.launch import cli, ray_group; ray_group._ROOM_SECONDS = 2.0; cli.main()"
+IMPATIENT = "from cuboid.launch import cli, ray_room; ray_room._ROOM_SECONDS = 2.0; cli.main()"
 """The command, with less time than 45 seconds for nodes to join."""
 
 
