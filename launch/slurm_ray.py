@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cuboid.launch.failures import shown
@@ -60,6 +60,10 @@ def cluster(folder: Path) -> Iterator[tuple[str, list[str]]]:
                 raise RunFailed(f"Ray's head did not begin on {nodes[0]} ({shown(folder / _log(0))})")
             yield head, nodes
         finally:
+            assert step.stdin is not None
+            step.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                step.wait(_END_SECONDS + 5.0)  # for raylets to end, and agents to clean up
             end_step(step)
 
 

@@ -261,6 +261,7 @@ def test_a_ray_cluster_of_the_jobs_own_trains_and_loses_no_step(cluster: Cluster
     assert job.starts() == [0, stops[0]]
     job.is_like(calm)
     assert not pids_of_ray(job)
+    assert not Path(f"/tmp/cuboid-{os.getuid()}-{job.id}").exists()
 
 
 def pids_of_ray(job: Job) -> list[int]:
