@@ -127,7 +127,8 @@ class _Tail:
         seen, parts = 0, aiter(self._client.tail_job_logs(self._job))
         while True:
             try:
-                part = await asyncio.wait_for(anext(parts), _SILENCE_SECONDS)
+                async with asyncio.timeout(_SILENCE_SECONDS):  # wait_for may swallow a Ctrl-C as a line comes in
+                    part = await anext(parts)
             except (StopAsyncIteration, TimeoutError):
                 return
             new = part[max(0, self._shown - seen) :]
