@@ -15,6 +15,7 @@ import typer
 
 from cuboid.launch.drill_options import DrillOptions
 from cuboid.launch.export_options import ExportOptions, takes
+from cuboid.launch.recipe_options import Overrides, RecipeName
 from cuboid.launch.slurm_options import SlurmOptions
 from cuboid.launch.submit_options import ADDRESS, INSECURE, SubmitOptions
 
@@ -116,27 +117,6 @@ def root(
         from cuboid.launch.private import keep_files_private
 
         keep_files_private()
-
-
-def _recipe_names(incomplete: str) -> list[str]:
-    from cuboid.trainer.recipe_file import shipped_recipes
-
-    files = [str(path) for path in sorted(Path().glob(f"{incomplete}*.yaml"))]
-    return [name for name in shipped_recipes() if name.startswith(incomplete)] + files
-
-
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.", autocompletion=_recipe_names
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="Fields of the recipe, as parallel.tensor=4; a mapping replaces the whole value."
-    ),
-]
 
 
 @app.command()

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
+from cuboid.launch.recipe_options import Overrides, RecipeName
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrillOptions:
     """Which recipe is disturbed, and how. None stands for an option that was not given."""
 
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.")]
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields of the recipe, as parallel.tensor=4.")
-    ] = None
+    recipe: RecipeName
+    overrides: Overrides = None
     faults: Annotated[
         str,
         typer.Option(

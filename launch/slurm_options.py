@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cuboid.launch.recipe_options import Overrides, RecipeName
+
 
 class Launcher(StrEnum):
     """What starts the ranks of a job."""
@@ -20,13 +22,8 @@ class Launcher(StrEnum):
 class SlurmOptions:
     """What a job asks Slurm for. None stands for an option that was not given: the cluster's own default."""
 
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.")]
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Fields of the recipe, as parallel.tensor=4; a mapping replaces the whole value."
-        ),
-    ] = None
+    recipe: RecipeName
+    overrides: Overrides = None
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")]
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node, one for each rank; 0: CPUs.")] = 0
     cpus_per_node: Annotated[

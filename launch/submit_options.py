@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cuboid.launch.recipe_options import Overrides, RecipeName
+
 ADDRESS = typer.Option(
     envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's job API (its dashboard), as http://localhost:8265."
 )
@@ -20,13 +22,8 @@ INSECURE = typer.Option(
 class SubmitOptions:
     """What is sent, where to, and how it begins there."""
 
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the bare name of a shipped recipe.")]
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Fields of the recipe, as parallel.tensor=4; a mapping replaces the whole value."
-        ),
-    ] = None
+    recipe: RecipeName
+    overrides: Overrides = None
     address: Annotated[str, ADDRESS]
     resume: Annotated[
         bool | None,

@@ -17,7 +17,7 @@ from harness import run_ranks
 from stores import flip
 from typer.testing import CliRunner
 
-from cuboid.launch import cli, failures, training
+from cuboid.launch import cli, failures, recipe_options, training
 from cuboid.launch.run_folder import open_run_folder
 from cuboid.parallel.errors import RunFailed, UserError
 from cuboid.trainer.loop import train
@@ -155,8 +155,8 @@ def test_exit_codes_of_what_goes_wrong():
 
 
 def test_completion_offers_recipes():
-    assert cli._recipe_names("qu") == ["quickstart"]
-    assert cli._recipe_names("mi") == ["mini.yaml"]
+    assert recipe_options.recipe_names("qu") == ["quickstart"]
+    assert recipe_options.recipe_names("mi") == ["mini.yaml"]
 
 
 def test_a_run_folder_is_held_moved_and_compared(tmp_path):

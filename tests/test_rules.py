@@ -65,6 +65,7 @@ DOORS = {
         "launch/cli.py",
         "launch/drill_options.py",
         "launch/export_options.py",
+        "launch/recipe_options.py",
         "launch/slurm_options.py",
         "launch/submit_options.py",
     },
