@@ -77,8 +77,8 @@ class Watch:
         self._recipe, self._folder, self._machine = recipe, folder, machine()
         self._seen: dict[int, Sighting] = {}
         self._moved: dict[int, float] = {}
-        self._running: dict[int, float] = {}
-        """When each rank was last seen not to be stopped."""
+        self._stopped: dict[int, float] = {}
+        """Since when each rank that is stopped has been seen so."""
 
     def sees_hang(self, now: float) -> bool:
         """Whether no rank has moved, or one has been stopped, for `launch.timeout_seconds` at ``now`` (monotonic)."""
@@ -88,12 +88,14 @@ class Watch:
             if before != seen:
                 self._moved[rank] = now
             if before is None or before.pid != seen.pid or self._state(seen) != "T":
-                self._running[rank] = now
+                self._stopped.pop(rank, None)
+            else:
+                self._stopped.setdefault(rank, now)
         self._seen = current
         if len(current) < self._recipe.layout.world_size:
             return False
         limit = now - self._recipe.launch.timeout_seconds
-        if any(self._running[rank] < limit for rank in current):
+        if any(self._stopped.get(rank, now) < limit for rank in current):
             return True
         is_still = all(self._moved[rank] < limit for rank in current)
         # all ranks leave a patient phase together: one that stays there alone keeps the others in a collective

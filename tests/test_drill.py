@@ -53,7 +53,8 @@ def test_an_exception_a_stopped_rank_and_a_slow_one_cost_what_was_promised(tmp_p
     assert error["cause"].startswith("rank 3 failed in step 3: ValueError: a fault of the drill")
     assert stopped["cause"].startswith("rank 1 hung in the forward of microbatch")
     assert "(stopped by a signal; rank 0 waits in" in stopped["cause"]
-    assert TIMEOUT_SECONDS <= stopped["detect_seconds"] < TIMEOUT_SECONDS + 5
+    # from the moment the fault was written down, a little before or after the last change that the watch saw
+    assert TIMEOUT_SECONDS - 1 < stopped["detect_seconds"] < TIMEOUT_SECONDS + 5
     (hang,) = events(tmp_path / "runs" / "drilled-drill" / "disturbed", "hang")
     stacks = (tmp_path / "runs" / "drilled-drill" / "disturbed" / hang["details"]).read_text()
     assert stacks.count("most recent call first") >= 3

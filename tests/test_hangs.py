@@ -179,8 +179,9 @@ def test_a_stopped_process_hangs_in_any_phase_of_any_attempt(tmp_path):
             assert not watch.sees_hang(began)
             process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-            assert not watch.sees_hang(began + 9.0)
-            assert watch.sees_hang(began + 10.1)
+            assert not watch.sees_hang(began + 9.0), "first seen to be stopped"
+            assert not watch.sees_hang(began + 18.9)
+            assert watch.sees_hang(began + 19.1)
             process.kill()
         assert not watch.sees_hang(began + 30.0), "it is gone"
 
