@@ -7,6 +7,7 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from cuboid.parallel.errors import FieldError, UserError, one_of
@@ -149,7 +150,7 @@ def _words(annotation: Any) -> Iterator[str]:
 
 def _meant(path: Path) -> str:
     """'did you mean parallel.tensor?', or the keys that exist there."""
-    every = list(_fields(Recipe, ()))
+    every = _every_field()
     section, word = path[:-1], path[-1]
     here = [known[-1] for known in every if known[:-1] == section]
     if close := nearest(word, here):
@@ -158,6 +159,11 @@ def _meant(path: Path) -> str:
     if close := nearest(word, list(elsewhere), likeness=0.8):
         return f"did you mean {elsewhere[close]}?"
     return f"known keys are {', '.join(here)}"
+
+
+@cache
+def _every_field() -> tuple[Path, ...]:
+    return tuple(_fields(Recipe, ()))
 
 
 def _fields(section: type[Settings], path: Path) -> Iterator[Path]:
