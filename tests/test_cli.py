@@ -202,8 +202,7 @@ def test_the_command_is_told_as_it_can_be_typed_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=[pytest.mark.full, pytest.mark.alone])])
-def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path, launcher):
+def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path):
     """Ends as a run that nobody disturbed, to the last bit; and the commands that it prints do what they say."""
     stages = ["parallel.pipeline=2", "parallel.microbatches=2", "train.steps=120", "checkpoint.every=4"]
     calm = load_recipe("mini.yaml", ["name=calm", *stages])
@@ -214,7 +213,7 @@ def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path, l
     assert losses[-1] < losses[0] - 0.5
 
     folder, script = tmp_path / "runs/mini", Path(sys.executable).with_name("cuboid")
-    words = [str(script), "train", "mini.yaml", *stages, "--launcher", launcher, "--fresh"]
+    words = [str(script), "train", "mini.yaml", *stages, "--fresh"]
     with standin.command(words, folder) as driver:
         standin.wait_until(lambda: failures.newest_step(folder) >= 4, driver, seconds=150)
         os.kill(standin.ranks_of(folder)[1], signal.SIGKILL)
@@ -232,8 +231,7 @@ def test_a_pipeline_is_killed_stopped_and_goes_on_as_the_screen_says(tmp_path, l
     assert all(loss == f"{losses[step - 1]:.4f}" for step, loss in told)
     assert {step for step, _ in told} >= set(range(1, stopped + 1))  # and steps that the kill undid
 
-    overrides = [*stages, f"launch.launcher={launcher}"]
-    assert lines[-1] == f"go on with: {script} train mini.yaml {' '.join(overrides)}"
+    assert lines[-1] == f"go on with: {script} train mini.yaml {' '.join(stages)}"
     done = subprocess.run(["bash", "-c", lines[-1].partition(": ")[2]], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"going on after step {stopped}" in done.stdout
