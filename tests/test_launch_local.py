@@ -11,12 +11,17 @@ from pathlib import Path
 import psutil
 import pytest
 import standin
-import torch.distributed  # noqa: F401  imported before the ranks are forked
+import torch.distributed  # imported before the ranks are forked
+from runs import recipe_on, run
 
 from cuboid.launch import failures, local, worker
 from cuboid.launch.progress import start_phases
 from cuboid.parallel.errors import RunFailed, UserError
+from cuboid.trainer import loop
+from cuboid.trainer.recipe import Recipe
+from cuboid.trainer.run import Run
 from cuboid.trainer.runlog import read_metrics
+from cuboid.trainer.tokens import cache_folder
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -235,3 +240,29 @@ def read_screen(screen: int) -> bytes:
         return os.read(screen, 1 << 16)
     except OSError:  # EIO, the way in which Linux ends a terminal
         return b""
+
+
+def train_on_files_that_are_cut(recipe: Recipe, folder: Path) -> str | None:
+    """The real loop; in the first attempt its token files lose their content before step 5."""
+
+    def cut(run: Run) -> None:
+        if run.step == 4 and not (folder / "cut").exists():
+            torch.distributed.barrier()
+            (folder / "cut").touch()
+            for file in cache_folder().rglob("*.bin"):
+                os.truncate(file, 0)
+
+    return loop.train(recipe, folder, before_step=cut)
+
+
+@pytest.mark.full
+def test_token_files_cut_under_a_run_cost_a_start_and_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBOID_CACHE", str(tmp_path / "cache"))
+    recipe = recipe_on("1x2x1", changes={"launch": {"launcher": "local"}}, microbatches=2)
+    calm = run(recipe, tmp_path / "calm")
+    (tmp_path / "run").mkdir()
+    assert local.launch(recipe, tmp_path / "run", train=train_on_files_that_are_cut) == 0
+    (failure,) = standin.events(tmp_path / "run", "failure")
+    assert (failure["cause"], failure["step"]) == ("was killed by SIGBUS", 5)
+    assert [event["step"] for event in standin.events(tmp_path / "run", "start")] == [0, 3]
+    assert [record["loss"] for record in read_metrics(tmp_path / "run")] == [record["loss"] for record in calm]
