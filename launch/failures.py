@@ -201,7 +201,9 @@ class Judge:
             return Ending(code=1, words=line)
         reason = stop_reason(self._folder)
         if reason in STOPPED:
-            return Ending(code=STOPPED[reason], words=f"stopped without a new checkpoint, because {line}")
+            saved = self._newest
+            newest = f"with step {saved} as the newest checkpoint" if saved >= 0 else "before any checkpoint"
+            return Ending(code=STOPPED[reason], words=f"stopped {newest}, because {line}")
         if self._failures > self._max_failures:
             limit = f"launch.max_failures={self._max_failures}"
             return Ending(code=1, words=f"given up after {_times(self._failures, 'failure')} ({limit}): {line}")

@@ -103,6 +103,17 @@ def test_newer_checkpoints_let_a_run_fail_more_often(tmp_path):
     assert [verdict is None for verdict in verdicts] == [True, True, True, True, False]
 
 
+def test_a_rank_that_dies_while_the_run_stops_is_told_with_the_newest_checkpoint(tmp_path):
+    crash = failures.Failure(rank=0, cause="was killed by SIGKILL", silent=True)
+    (tmp_path / "stop").write_text("interrupt")
+    for saved, newest in ((None, "before any checkpoint"), (4, "with step 4 as the newest checkpoint")):
+        if saved:
+            standin.save(tmp_path, saved)
+        ending = failures.Judge(tmp_path, max_failures=10, world_size=2).verdict([crash])
+        words = f"stopped {newest}, because rank 0 was killed by SIGKILL before the first step"
+        assert ending == failures.Ending(code=130, words=words)
+
+
 def test_a_rank_that_says_nothing_is_named_beside_the_echoes(tmp_path):
     judge = failures.Judge(tmp_path, max_failures=10, world_size=3)
     for rank in (0, 2):
