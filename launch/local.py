@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -21,7 +21,7 @@ from pathlib import Path
 from cuboid.launch import worker
 from cuboid.launch.failures import EXIT_CODES, Ending, Failure, Judge
 from cuboid.launch.supervise import die_with_parent, drive
-from cuboid.launch.watch import forget, watching
+from cuboid.launch.watch import States, forget, watching
 from cuboid.launch.worker import Place, Train
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
@@ -80,9 +80,16 @@ def places(size: int) -> list[Place]:
     ]
 
 
-def run_ranks(places: Sequence[Place], recipe: Recipe, folder: Path, train: Train) -> list[Failure]:
+def run_ranks(
+    places: Sequence[Place],
+    recipe: Recipe,
+    folder: Path,
+    train: Train,
+    *,
+    tell: Callable[[States], None] | None = None,
+) -> list[Failure]:
     """Fork this machine's ranks and wait until all have ended; what went wrong, as far as this process sees it. None of
-    them is left afterwards."""
+    them is left afterwards. ``tell``: who hears of a hang (`watching`)."""
     context, plain, log = get_context("fork"), recipe.model_dump(), RunLog(folder)
     forget(folder, [place.rank for place in places])
     ranks = {
@@ -94,7 +101,7 @@ def run_ranks(places: Sequence[Place], recipe: Recipe, folder: Path, train: Trai
     log.event("phase", name="workers")
     here = socket.gethostname()
     log.event("workers", ranks={str(rank): {"host": here, "pid": process.pid} for rank, process in ranks.items()})
-    with watching(recipe, folder):
+    with watching(recipe, folder, tell):
         failed = _wait(ranks)
     _end(ranks.values())
     return failed

@@ -1,7 +1,8 @@
 """One node's ranks of a Slurm step: python -m cuboid.launch.slurm_node FOLDER HOST PORT RANKS, a task a node by `srun`.
 
 The ranks are forked as `local` does it. What `slurm_step` must know goes to standard output, a JSON object a line: at
-the beginning what this node is, at the end what went wrong with its ranks; what anybody prints, to ``logs/node-N.txt``.
+the beginning what this node is, in a hang how its ranks are, at the end what went wrong with them; what anybody prints,
+to ``logs/node-N.txt``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def main() -> None:
     threading.Thread(target=_end_with_driver, daemon=True).start()
     sees_folder = (folder / RECIPE).exists()
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as driver:
-        print(json.dumps({"node": name, "version": version(), "sees_folder": sees_folder}), file=driver)
+
+        def say(**words: object) -> None:
+            print(json.dumps({"node": name, **words}), file=driver)
+
+        say(version=version(), sees_folder=sees_folder)
         if not sees_folder:
             return
         worker.send_output_to(folder / HOST_LOG.with_name(f"node-{index}.txt"))
@@ -48,8 +53,9 @@ def main() -> None:
             for local in range(int(size))
         ]
         train = shared_imports(folder, len(places))
-        failed = run_ranks(places, load_recipe(folder / RECIPE), folder, train)
-        print(json.dumps({"node": name, "failures": [asdict(failure) for failure in failed]}), file=driver)
+        recipe = load_recipe(folder / RECIPE)
+        failed = run_ranks(places, recipe, folder, train, tell=lambda states: say(hang=states))
+        say(failures=[asdict(failure) for failure in failed])
 
 
 def _stop_when_told(folder: Path) -> None:

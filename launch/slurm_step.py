@@ -27,6 +27,7 @@ from cuboid.launch import worker
 from cuboid.launch.failures import STOPPED, Ending, Failure, Judge, shown
 from cuboid.launch.placement import ranks_per_node
 from cuboid.launch.supervise import HOST_LOG, drive
+from cuboid.launch.watch import forget, tell_hang
 from cuboid.parallel.errors import FieldError, RunFailed, UserError, one_of
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.version import version
@@ -85,6 +86,8 @@ def _host(recipe: Recipe, folder: Path, nodes: Sequence[str], size: int) -> Endi
             return Ending(code=STOPPED["signal"], words=str(error))
         if not failed.nodes:
             return Ending(code=0)
+        if failed.hang:
+            tell_hang(recipe, folder, failed.hang)
         ending = judge.verdict(failed.failures)
         if ending is not None:
             return ending
@@ -98,6 +101,8 @@ class Failed:
     """Those that did not end well."""
     failures: list[Failure] = field(default_factory=list)
     """What nobody else has written down."""
+    hang: dict[int, str] = field(default_factory=dict)
+    """The state of each rank in a hang, of the nodes that have seen it."""
 
 
 def run_step(folder: Path, nodes: Sequence[str], size: int) -> Failed:
@@ -107,6 +112,7 @@ def run_step(folder: Path, nodes: Sequence[str], size: int) -> Failed:
         NodesMissing: some do not begin.
         UserError: a node does not see the folder, or has another version.
     """
+    forget(folder, range(len(nodes) * size))
     # rank 0's node is this one: Slurm runs a batch script on the job's first node
     where = [socket.gethostname(), str(worker.free_port()), str(size)]
     agent = [sys.executable, "-m", "cuboid.launch.slurm_node", str(folder), *where]
@@ -131,13 +137,18 @@ def _follow(agents: IO[str], folder: Path, nodes: Sequence[str], size: int) -> F
     missing, running, failed = list(nodes), list(nodes), Failed()
     deadline: float | None = time.monotonic() + _START_SECONDS
     srun_ended = False
-    while not srun_ended:
+    while not srun_ended and failed.nodes != set(nodes):
         try:
             word = words.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             break
         if word is None:
             srun_ended = True
+            continue
+        if "hang" in word:  # its ranks are left as they are, for the other nodes to see it too
+            failed.nodes.add(word["node"])
+            failed.hang |= {int(rank): state for rank, state in word["hang"].items()}
+            deadline = deadline or time.monotonic() + _SETTLE_SECONDS
             continue
         if "failures" not in word:
             _check(word, folder)

@@ -1,8 +1,9 @@
 """Ranks watched for a hang: no rank moves for `launch.timeout_seconds`. Imports no torch.
 
-Every rank tells in a file what it does (`parallel.whereabouts`). A thread of the launcher reads these; once all stand
-still it asks the ranks of its machine for their stacks, tells who waits for whom, and kills them: what comes then is
-as after any failure (`failures.Judge`). Ranks of other machines end by the time-out of their process groups.
+Every rank tells in a file what it does (`parallel.whereabouts`). A thread on each machine reads these; once all stand
+still it asks its own ranks for their stacks. Then it is told once, by the launcher, who waits for whom, and the ranks
+are killed: what comes then is as after any failure (`failures.Judge`). `slurm_step` hears of it from its agents; under
+Ray there is one watch, and ranks of other machines end by the time-out of their process groups.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,9 @@ from cuboid.parallel.whereabouts import PATIENT, Sighting, machine, path_of, sig
 from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.runlog import RunLog
+
+States = Mapping[int, str]
+"""Of the processes of some ranks, by rank, as /proc tells them: R, S, D, T, ..."""
 
 _POLL_SECONDS = 0.5
 _STACKS_SECONDS = 3.0
@@ -46,14 +50,20 @@ def answering(folder: Path, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def watching(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Within: a hang of the run's ranks is noticed, told and ended."""
+def watching(recipe: Recipe, folder: Path, tell: Callable[[States], None] | None = None) -> Iterator[None]:
+    """Within: a hang of the run's ranks is noticed, told and ended; where there is ``tell``, by whom that tells."""
     done, watch = Event(), Watch(recipe, folder)
 
     def look() -> None:
         while not done.wait(_POLL_SECONDS):
-            if watch.sees_hang(time.monotonic()):
-                watch.end_hang()
+            if not watch.sees_hang(time.monotonic()):
+                continue
+            states = watch.states()
+            if tell is not None:
+                tell(states)
+                return
+            tell_hang(recipe, folder, states)
+            watch.kill()
 
     thread = Thread(target=look, name="watch", daemon=True)
     thread.start()
@@ -101,26 +111,28 @@ class Watch:
         # all ranks leave a patient phase together: one that stays there alone keeps the others in a collective
         return is_still and not all(seen.phase in PATIENT for seen in current.values())
 
-    def end_hang(self) -> None:
-        """Tell it, and kill the ranks of this machine."""
-        ranks = {rank: self._found(rank, seen) for rank, seen in self._with_stacks()}
-        settings = self._recipe.parallel
-        actions = order(
-            settings.schedule,
-            pipeline=settings.pipeline,
-            virtual_stages=virtual_stages(self._recipe),
-            microbatches=settings.microbatches,
-        )
-        waits = Waits(ranks, self._recipe.layout, actions)
-        lines, seconds = waits.lines(), self._recipe.launch.timeout_seconds
-        details = self._write(f"no rank has moved for {seconds} s, or one was stopped for as long", lines, ranks)
-        first = ranks[waits.hung[0]]
-        RunLog(self._folder).event("hang", rank=first.rank, step=first.seen.step, waits=lines, details=details)
-        record_silent(self._folder, _failure(first, waits, details))
-        for found in ranks.values():
-            if found.state:
+    def states(self) -> States:
+        """Of this machine's ranks, which have been asked for their stacks and had the time to write them."""
+        states = {rank: state for rank, seen in self._seen.items() if (state := self._state(seen))}
+        asked = [rank for rank, state in states.items() if state != "T"]
+        for rank in asked:
+            with suppress(ProcessLookupError):
+                os.kill(self._seen[rank].pid, signal.SIGUSR2)
+        deadline, sizes = time.monotonic() + _STACKS_SECONDS, dict.fromkeys(asked, -1)
+        while time.monotonic() < deadline:
+            now = {rank: _stacks_path(self._folder, rank).stat().st_size for rank in asked}
+            if now == sizes and all(now.values()):
+                break
+            sizes = now
+            time.sleep(0.1)
+        return states
+
+    def kill(self) -> None:
+        """The ranks of this machine."""
+        for seen in self._seen.values():
+            if self._state(seen):
                 with suppress(ProcessLookupError):
-                    os.kill(found.seen.pid, signal.SIGKILL)
+                    os.kill(seen.pid, signal.SIGKILL)
         self._seen = {}
 
     def _look(self) -> dict[int, Sighting]:
@@ -139,46 +151,57 @@ class Watch:
             return ""
         return "" if state in "ZX" else state
 
-    def _with_stacks(self) -> list[tuple[int, Sighting]]:
-        """Ask all for their stacks, and wait until they are written."""
-        asked = [rank for rank, seen in self._seen.items() if self._state(seen) not in ("", "T")]
-        for rank in asked:
-            with suppress(ProcessLookupError):
-                os.kill(self._seen[rank].pid, signal.SIGUSR2)
-        deadline, sizes = time.monotonic() + _STACKS_SECONDS, dict.fromkeys(asked, -1)
-        while time.monotonic() < deadline:
-            now = {rank: _stacks_path(self._folder, rank).stat().st_size for rank in asked}
-            if now == sizes and all(now.values()):
-                break
-            sizes = now
-            time.sleep(0.1)
-        return list(self._seen.items())
 
-    def _found(self, rank: int, seen: Sighting) -> Found:
-        stacks = self._stacks(rank) if self._state(seen) else ""
-        # threads are written newest first: the last one is the main thread
-        return Found(rank=rank, seen=seen, state=self._state(seen), stack=stacks.rpartition("first):\n")[2].strip())
+def tell_hang(recipe: Recipe, folder: Path, states: States) -> None:
+    """Who waits for whom: an event, a file with all stacks, and the failure of the rank that keeps the others waiting.
 
-    def _stacks(self, rank: int) -> str:
-        try:
-            return _stacks_path(self._folder, rank).read_text()
-        except OSError:
-            return ""
+    Args:
+        states: of every rank whose machine has asked it for its stacks.
+    """
+    ranks = {rank: _found(folder, rank, states.get(rank, "")) for rank in range(recipe.layout.world_size)}
+    settings, seconds = recipe.parallel, recipe.launch.timeout_seconds
+    actions = order(
+        settings.schedule,
+        pipeline=settings.pipeline,
+        virtual_stages=virtual_stages(recipe),
+        microbatches=settings.microbatches,
+    )
+    waits = Waits(ranks, recipe.layout, actions)
+    lines = waits.lines()
+    details = _write(folder, f"no rank has moved for {seconds} s, or one was stopped for as long", lines, ranks)
+    first = ranks[waits.hung[0]]
+    RunLog(folder).event("hang", rank=first.rank, step=first.seen.step, waits=lines, details=details)
+    record_silent(folder, _failure(first, waits, details))
 
-    def _write(self, title: str, lines: list[str], ranks: Mapping[int, Found]) -> str | None:
-        """All that is known, in a file of the run's logs; its path in the folder, None where it cannot be written."""
-        number = 1 + len(list((self._folder / "logs").glob("hang-*.txt")))
-        path = self._folder / "logs" / f"hang-{number}.txt"
-        parts = [title, *lines]
-        for rank, found in ranks.items():
-            place = f"process {found.seen.pid}, state {found.state}" if found.state else "on another machine"
-            stacks = self._stacks(rank) if found.stack else "no stack\n"
-            parts.append(f"\n--- rank {rank}, {place}: step {found.seen.step}, {found.seen.place}\n{stacks}")
-        try:
-            path.write_text("\n".join(parts))
-        except OSError:
-            return None
-        return str(path.relative_to(self._folder))
+
+def _found(folder: Path, rank: int, state: str) -> Found:
+    seen = sighting_of(folder, rank) or Sighting(machine="", pid=0)
+    # threads are written newest first: the last one is the main thread
+    stack = _stacks(folder, rank).rpartition("first):\n")[2].strip() if state else ""
+    return Found(rank=rank, seen=seen, state=state, stack=stack)
+
+
+def _stacks(folder: Path, rank: int) -> str:
+    try:
+        return _stacks_path(folder, rank).read_text()
+    except OSError:
+        return ""
+
+
+def _write(folder: Path, title: str, lines: list[str], ranks: Mapping[int, Found]) -> str | None:
+    """All that is known, in a file of the run's logs; its path in the folder, None where it cannot be written."""
+    number = 1 + len(list((folder / "logs").glob("hang-*.txt")))
+    path = folder / "logs" / f"hang-{number}.txt"
+    parts = [title, *lines]
+    for rank, found in ranks.items():
+        place = f"process {found.seen.pid}, state {found.state}" if found.state else "on another machine"
+        stacks = _stacks(folder, rank) if found.stack else "no stack\n"
+        parts.append(f"\n--- rank {rank}, {place}: step {found.seen.step}, {found.seen.place}\n{stacks}")
+    try:
+        path.write_text("\n".join(parts))
+    except OSError:
+        return None
+    return str(path.relative_to(folder))
 
 
 def _failure(first: Found, waits: Waits, details: str | None) -> Failure:

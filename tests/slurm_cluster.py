@@ -1,4 +1,8 @@
-"""A real Slurm of two nodes on this machine: munge, slurmctld and two slurmd with a folder of their own."""
+"""A real Slurm of two nodes on this machine: munge, slurmctld and two slurmd with a folder of their own.
+
+The second node is as another machine to those who ask: it has a hostname and numbers of processes of its own
+(namespaces, for which one must be root).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ import getpass
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from cuboid.launch.worker import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
+_APART = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 _CONF = """\
 ClusterName=cuboid
@@ -54,7 +62,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=8000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=8000
+NodeName=n2 NodeHostname=n2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=8000
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=60 State=UP PriorityTier=1
 PartitionName=urgent Nodes=n[1-2] MaxTime=60 State=UP PriorityTier=2
 """
@@ -70,6 +78,14 @@ class Cluster:
     def start(self, name: str) -> None:
         """Start a daemon, or start it again."""
         self.daemons[name] = self._stack.enter_context(_daemon(self.folder, name, self._commands[name]))
+
+    def second_node(self) -> list[psutil.Process]:
+        """All that runs there."""
+        return psutil.Process(self.daemons["n2"].pid).children(recursive=True)
+
+    def process(self, host: str, pid: int) -> psutil.Process:
+        """By the number that it has on its machine."""
+        return next(p for p in self.second_node() if _own_pid(p) == pid) if host == "n2" else psutil.Process(pid)
 
     def ask(self, *words: str) -> str:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
@@ -106,6 +122,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     must name its ``slurm.conf``."""
     if missing := [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]:
         raise FileNotFoundError(f"no {', '.join(missing)} here: apt-get install munge slurmctld slurmd slurm-client")
+    tried = subprocess.run([*_APART, "hostname", "n2"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        raise PermissionError(f"no second machine can be made of this one, which only root can: {tried.stderr.strip()}")
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()
     host, ports = socket.gethostname().partition(".")[0], _free_ports(3)
@@ -119,7 +138,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     commands = {
         "munged": ["munged", "--foreground", "--force", *munge],
         "slurmctld": ["slurmctld", "-D", "-f", str(conf)],
-        **{node: ["slurmd", "-D", "-f", str(conf), "-N", node] for node in NODES},
+        "n1": ["slurmd", "-D", "-f", str(conf), "-N", "n1"],
+        "n2": [*_APART, "sh", "-c", f"hostname n2 && slurmd -D -f {conf} -N n2; exit"],
     }
     with ExitStack() as stack:
         running = Cluster(folder, commands, stack)
@@ -129,6 +149,15 @@ def cluster(folder: Path) -> Iterator[Cluster]:
                 wait_until((folder / "munge.socket").exists, seconds=20, log=folder / "munged.out")
         running.wait(lambda: _idle_nodes() == len(NODES))
         yield running
+
+
+def _own_pid(process: psutil.Process) -> int | None:
+    """As its own machine counts; None where it has just ended."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return None
+    return int(status.partition("\nNSpid:")[2].partition("\n")[0].split()[-1])
 
 
 def _idle_nodes() -> int:
@@ -160,9 +189,15 @@ def _daemon(folder: Path, name: str, command: list[str]) -> Iterator[subprocess.
         try:
             yield process
         finally:
-            process.terminate()
+            signal_daemon(process, signal.SIGTERM)
             try:
                 process.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def signal_daemon(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Tell the daemon, and who started it; no job, since these have groups of their own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from runs import recipe_on
+from runs import events, recipe_on
 
 from cuboid.launch.waits import Found, Waits
-from cuboid.launch.watch import Watch
+from cuboid.launch.watch import Watch, tell_hang
 from cuboid.parallel.layout import Layout
 from cuboid.parallel.schedules import order
 from cuboid.parallel.whereabouts import Sighting, Whereabouts, machine, path_of, sighting_of
@@ -184,6 +185,38 @@ def test_a_stopped_process_hangs_in_any_phase_of_any_attempt(tmp_path):
             assert watch.sees_hang(began + 19.1)
             process.kill()
         assert not watch.sees_hang(began + 30.0), "it is gone"
+
+
+def test_a_hang_over_two_machines_is_told_once_by_what_both_know(tmp_path):
+    """Rank 1's machine has said that it is stopped, and rank 0's that it is not; of rank 2's nothing is known."""
+    recipe = recipe_on("1x3x1", changes={"train": {"global_batch": 12}})
+    for rank in range(3):
+        where = Whereabouts(path_of(tmp_path, rank))
+        where.begin("step", 3)
+        where.at("F", 0, 1 if rank == 1 else 2)
+    (tmp_path / "logs").mkdir()
+    stack = f"Thread 1 (most recent call first):\n  {COUNT}\nThread 2 (most recent call first):\n  {SUM}"
+    path_of(tmp_path, 0).with_suffix(".stacks").write_text(stack)
+    tell_hang(recipe, tmp_path, {0: "S", 1: "T"})
+    (hang,) = events(tmp_path, "hang")
+    assert (hang["rank"], hang["step"], hang["details"]) == (1, 3, "logs/hang-1.txt")
+    assert hang["waits"] == [
+        "rank 1 hangs in the forward of microbatch 1 on stage 0, stopped by a signal",
+        "rank 0 waits in all_reduce for rank 1, which is in the forward of microbatch 1 on stage 0",
+        "rank 2 waits in a collective for rank 1, which is in the forward of microbatch 1 on stage 0",
+    ]
+    told = (tmp_path / hang["details"]).read_text()
+    places = re.findall(r"^--- rank \d, (.*): step 3", told, re.MULTILINE)
+    assert [re.sub(r"\d+", "N", place) for place in places] == [
+        "process N, state S",
+        "process N, state T",
+        "on another machine",
+    ]
+    assert stack in told
+    (failure,) = events(tmp_path, "rank_error")
+    assert failure["cause"].startswith(
+        "hung in the forward of microbatch 1 on stage 0 (stopped by a signal; rank 0 waits"
+    )
 
 
 def test_a_rank_that_stays_in_a_save_alone_hangs(tmp_path):

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import runs
 import slurm_cluster
 import standin
-from slurm_cluster import Cluster
+from slurm_cluster import Cluster, signal_daemon
 
 from cuboid.launch import slurm_step
 from cuboid.launch.failures import newest_step, step_in_work
@@ -74,6 +75,12 @@ class Job:
     def submit_again(self) -> None:
         self.id = self.cluster.ask("sbatch", "--parsable", str(self.script)).strip()
 
+    def preempt(self) -> None:
+        """By a job that has its nodes for a moment."""
+        urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--parsable"]
+        other = self.cluster.ask("sbatch", *urgent, "--wrap=true").strip()
+        self.wait(lambda: self.cluster.state(other) == "COMPLETED")
+
     def printed(self) -> str:
         return self.script.with_name(f"{self.script.stem}-{self.id}.txt").read_text()
 
@@ -105,7 +112,7 @@ class Job:
         return (self.folder / "logs/launcher.txt").read_text()
 
     def rank(self, rank: int) -> psutil.Process:
-        return psutil.Process(standin.ranks_of(self.folder)[rank])
+        return self.cluster.process(**standin.events(self.folder, "start")[-1]["ranks"][str(rank)])
 
     def is_like(self, calm: Path) -> None:
         """Done, to the same last bit, each step recorded once, and nobody left behind."""
@@ -132,9 +139,7 @@ def test_no_signal_costs_a_step(cluster: Cluster, calm: Path, tmp_path: Path) ->
     job.rank(3).send_signal(signal.SIGUSR1)
 
     job.trains(3)
-    urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--parsable"]
-    other = cluster.ask("sbatch", *urgent, "--wrap=true").strip()
-    job.wait(lambda: cluster.state(other) == "COMPLETED")
+    job.preempt()
 
     job.trains(4)
     slow = job.rank(0)
@@ -167,34 +172,51 @@ def test_no_signal_costs_a_step(cluster: Cluster, calm: Path, tmp_path: Path) ->
     job.is_like(calm)
 
 
+def allocation(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The number of a job of both nodes, without a script, in which this process is from now on."""
+    subprocess.run(["salloc", "--no-shell", "--nodes=2", "--job-name=held"], check=True, capture_output=True)
+    job = cluster.ask("squeue", "--noheader", "--format=%i", "--name=held").strip()
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    return job
+
+
 def slurm_seconds(clock: str) -> int:
     hours, minutes, seconds = map(int, clock.split(":"))
     return (hours * 60 + minutes) * 60 + seconds
 
 
-def test_a_lost_rank_and_a_lost_node_cost_an_interval_at_most(cluster: Cluster, calm: Path, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path)
+def test_a_hang_a_lost_rank_and_a_lost_node_cost_an_interval_at_most(
+    cluster: Cluster, calm: Path, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, "launch.timeout_seconds=20")
     job.trains(1, until_saved=True)
-    job.rank(2).kill()
+    stopped = job.rank(3)
+    stopped.suspend()
     job.trains(2, until_saved=True)
+    standin.wait_until_gone([stopped])
+    is_told_once(job, hung=3)
     (failure,) = standin.events(job.folder, "failure")
-    assert (failure["rank"], failure["cause"]) == (2, "was killed by SIGKILL")
+    assert (failure["rank"], failure["cause"].startswith("hung ")) == (3, True)
     assert failure["step"] - 1 - job.starts()[1] <= EVERY
+
+    job.rank(2).kill()
+    job.trains(3, until_saved=True)
+    failure = standin.events(job.folder, "failure")[-1]
+    assert (failure["rank"], failure["cause"]) == (2, "was killed by SIGKILL")
+    assert failure["step"] - 1 - job.starts()[2] <= EVERY
 
     agent = job.rank(2).parent()
     agent.kill()
-    job.trains(3, until_saved=True)
+    job.trains(4, until_saved=True)
     failure = standin.events(job.folder, "failure")[-1]
     assert (failure["rank"], failure["cause"]) == (2, "was lost with its node n2")
 
-    crashed = job.rank(2).parent()  # and its slurmd: the node cannot begin again
-    cluster.daemons["n2"].kill()
-    crashed.kill()
-    job.wait(lambda: [event["code"] for event in standin.events(job.folder, "end")] == [85])
-    assert "cuboid: node n2 did not begin" in job.printed()
+    cluster.daemons["n2"].kill()  # with all that runs on the node, which cannot begin again
+    job.wait(lambda: cluster.job(job.id)["Restarts"] == "1")
     cluster.start("n2")
-    job.trains(4, until_saved=True)
-    assert standin.events(job.folder, "failure")[-1]["step"] - 1 - job.starts()[3] <= EVERY
+    job.trains(5, until_saved=True)
+    assert standin.events(job.folder, "failure")[-1]["step"] - 1 - job.starts()[4] <= EVERY
 
     cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     job.wait_for("PENDING")
@@ -202,18 +224,28 @@ def test_a_lost_rank_and_a_lost_node_cost_an_interval_at_most(cluster: Cluster, 
     cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
     job.wait_for("COMPLETED")
     assert cluster.job(job.id)["Restarts"] == "2"
-    assert reached - job.starts()[4] <= EVERY
+    assert reached - job.starts()[5] <= EVERY
     job.is_like(calm)
+
+
+def is_told_once(job: Job, *, hung: int) -> None:
+    """A hang of ranks on two machines, with what each machine knows of its own."""
+    places = [place["host"] for place in standin.events(job.folder, "start")[0]["ranks"].values()]
+    assert places == [socket.gethostname()] * 2 + ["n2"] * 2
+    (hang,) = standin.events(job.folder, "hang")
+    assert hang["waits"][0].startswith(f"rank {hung} hangs ")
+    assert hang["waits"][0].endswith(", stopped by a signal")
+    assert [path.name for path in (job.folder / "logs").glob("hang-*")] == ["hang-1.txt"]
+    ranks = (job.folder / hang["details"]).read_text().split("\n--- rank ")[1:]
+    stopped = [", state T: " in text for text in ranks]
+    assert stopped == [rank == hung for rank in range(4)]
+    assert ["most recent call first" in text for text in ranks] == [not is_stopped for is_stopped in stopped]
 
 
 def test_a_node_that_does_not_begin_or_see_the_folder_is_named_and_none_outlives_the_driver(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within an allocation that stays, as on the command line."""
-    subprocess.run(["salloc", "--no-shell", "--nodes=2", "--job-name=held"], check=True, capture_output=True)
-    job = cluster.ask("squeue", "--noheader", "--format=%i", "--name=held").strip()
-    monkeypatch.setenv("SLURM_JOB_ID", job)
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    allocation(cluster, monkeypatch)
     nodes = slurm_step.job_nodes()
     assert nodes == list(slurm_cluster.NODES)
     with pytest.raises(
@@ -227,18 +259,19 @@ def test_a_node_that_does_not_begin_or_see_the_folder_is_named_and_none_outlives
         folder.mkdir()
         (folder / "recipe.yaml").write_text(dump_recipe(RECIPE))
     monkeypatch.setattr(slurm_step, "_START_SECONDS", 6.0)
-    os.kill(cluster.daemons["n2"].pid, signal.SIGSTOP)
+    signal_daemon(cluster.daemons["n2"], signal.SIGSTOP)
     try:
         with pytest.raises(slurm_step.NodesMissing, match=r"^node n2 did not begin within 6 s \(.*launcher.txt\)$"):
             slurm_step.run_step(halted, nodes, 2)
     finally:
-        os.kill(cluster.daemons["n2"].pid, signal.SIGCONT)
+        signal_daemon(cluster.daemons["n2"], signal.SIGCONT)
 
     monkeypatch.setattr(slurm_step, "_START_SECONDS", 60.0)
     driver = get_context("fork").Process(target=slurm_step.run_step, args=(killed, nodes, 2))
     driver.start()
     cluster.wait(lambda: len(standin.worker_pids(killed)) == 4, seconds=PATIENCE)
-    ranks = [psutil.Process(pid) for pid in standin.worker_pids(killed)]
+    places = [place for event in standin.events(killed, "workers") for place in event["ranks"].values()]
+    ranks = [cluster.process(**place) for place in places]
     agents = {rank.parent() for rank in ranks}
     assert len(agents) == 2
     driver.kill()
