@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from cuboid.launch import slurm_ray
 from cuboid.launch.failures import RESIZE, step_in_work, stop_reason
 from cuboid.launch.placement import rank_bundle, told_resources
 from cuboid.launch.supervise import ask_to_stop
@@ -25,8 +26,6 @@ _ROOM_SECONDS = 45.0
 """How long nodes may take to join, and other work to end, before a run that has no room is given up."""
 _RETURN_SECONDS = 10.0
 """How long an elastic run waits for all its data ranks before it begins with fewer."""
-_JOIN_SECONDS = 60.0
-"""For the nodes of a Slurm job to join the cluster that is started there."""
 _LOOK_SECONDS = 5.0
 """Between two looks for more room; a node that stays for two of them is worth a restart."""
 
@@ -129,10 +128,11 @@ class Room:
 
 def wait_for_nodes(names: Sequence[str]) -> None:
     """Until nodes of these names live. Raises RunFailed with the ones that do not come."""
-    deadline = time.monotonic() + _JOIN_SECONDS
+    seconds = slurm_ray.JOIN_SECONDS
+    deadline = time.monotonic() + seconds
     while missing := sorted(set(names) - {node["NodeName"] for node in ray.nodes() if node["Alive"]}):
         if time.monotonic() > deadline:
-            raise RunFailed(f"node {one_of(missing)} did not join the Ray cluster within {_JOIN_SECONDS:.0f} s")
+            raise RunFailed(f"node {one_of(missing)} did not join the Ray cluster within {seconds:.0f} s")
         time.sleep(0.5)
 
 

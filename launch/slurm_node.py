@@ -29,7 +29,7 @@ def main() -> None:
     """The agent of one node."""
     folder, (host, port, size) = Path(sys.argv[1]), sys.argv[2:]
     name, index, nodes = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    _stop_when_told(folder)
+    stop_when_told(folder)
     threading.Thread(target=_end_with_driver, daemon=True).start()
     sees_folder = (folder / RECIPE).exists()
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as driver:
@@ -58,8 +58,9 @@ def main() -> None:
         say(failures=[asdict(failure) for failure in failed])
 
 
-def _stop_when_told(folder: Path) -> None:
-    """Slurm tells whom it likes: every process, those of the first node, or one, be it a rank."""
+def stop_when_told(folder: Path) -> None:
+    """A signal asks for a checkpoint and the run's end. Slurm tells whom it likes: every process, those of the first
+    node, or one, be it a rank."""
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         ask_to_stop(folder, "signal")

@@ -21,14 +21,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cuboid.launch.failures import shown
+from cuboid.launch.slurm_node import stop_when_told
 from cuboid.launch.slurm_step import end_step, job_nodes
-from cuboid.launch.supervise import HOST_LOG
+from cuboid.launch.supervise import HOST_LOG, kill_session
 from cuboid.launch.worker import free_port, send_output_to
 from cuboid.parallel.errors import RunFailed
 
 _HEAD_SECONDS = 60.0
 """For the head to listen."""
-_END_SECONDS = 10.0
+JOIN_SECONDS = 60.0
+"""For the nodes to join it."""
+_END_SECONDS = 15.0
+"""For Ray's processes to end, and for agents to clean up."""
 _OBJECT_STORE_BYTES = 80 * 2**20  # no data travels through it; Ray's least is 75 MiB
 
 
@@ -63,7 +67,7 @@ def cluster(folder: Path) -> Iterator[tuple[str, list[str]]]:
             assert step.stdin is not None
             step.stdin.close()
             with suppress(subprocess.TimeoutExpired):
-                step.wait(_END_SECONDS + 5.0)  # for raylets to end, and agents to clean up
+                step.wait(_END_SECONDS)
             end_step(step)
 
 
@@ -84,11 +88,17 @@ def main() -> None:
     send_output_to(folder / _log(index))
     # short, since sockets lie there; and this user's and job's own, as /tmp/ray is of whoever came first
     place = Path("/tmp") / f"cuboid-{os.getuid()}-{os.environ['SLURM_JOB_ID']}"
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm tells every process; the command is the one that acts
-        signal.signal(number, lambda number, frame: None)
-    with subprocess.Popen(_raylet(name, index, head, place), stdin=subprocess.DEVNULL) as raylet:
+    stop_when_told(folder)
+    # What Slurm sends to every process would end Ray's before the ranks have saved: so they begin with these signals
+    # blocked, which fork and exec pass on, and which Ray leaves as it is.
+    told = (signal.SIGTERM, signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, told)
+    command = _raylet(name, index, head, place)
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as raylet:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
         threading.Thread(target=_end_with_driver, args=(raylet,), daemon=True).start()
         raylet.wait()
+    kill_session(raylet.pid)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -128,11 +138,7 @@ def _end_with_driver(raylet: subprocess.Popen[bytes]) -> None:
     """The end of standard input is that of the command, however it went."""
     while os.read(0, 1):
         pass
-    raylet.terminate()  # `ray start --block` ends what it has started
-    try:
-        raylet.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        raylet.kill()
+    kill_session(raylet.pid)  # what Ray has started listens to nothing milder
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def end_with_driver() -> None:
     every process that they see, are the driver's business alone."""
 
     def end(number: int, frame: types.FrameType | None) -> None:
-        _kill_session(os.getpid())
+        kill_session(os.getpid())
         os._exit(1)
 
     def leave(number: int, frame: types.FrameType | None) -> None:
@@ -207,10 +207,10 @@ def end_session(leader: ForkProcess) -> None:
     leader.kill()
     leader.join()
     assert leader.pid is not None
-    _kill_session(leader.pid)
+    kill_session(leader.pid)
 
 
-def _kill_session(session: int) -> None:
+def kill_session(session: int) -> None:
     """Kill every process of a session but the caller, and wait until they are gone."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cuboid.launch import worker
 from cuboid.launch.failures import STOPPED, shown
+from cuboid.launch.ray_cluster import IN_JOB
 from cuboid.launch.run_folder import newest_step, open_run_folder
 from cuboid.launch.submitted import tell_version, was_sent
 from cuboid.parallel.errors import UserError
@@ -50,7 +51,7 @@ def train(name: str, overrides: Sequence[str], *, resume: bool | None) -> int:
             code = _launch(recipe, folder)
         if code == 0:
             print("\n".join(closing_lines(recipe, folder)))
-        elif code in STOPPED.values() and recipe.launch.launcher != "slurm" and not was_sent():
+        elif code in STOPPED.values() and not was_sent() and not _in_slurm_job(recipe):
             # the batch script of a Slurm job says or does it; a sent job goes on by being submitted again
             print(f"go on with: {this_command()} {shlex.join(['train', name, *overrides])}")
     return code
@@ -117,6 +118,10 @@ def _launch(recipe: Recipe, folder: Path) -> int:
     from cuboid.launch import ray_cluster
 
     return ray_cluster.launch(recipe, folder)
+
+
+def _in_slurm_job(recipe: Recipe) -> bool:
+    return recipe.launch.launcher == "slurm" or recipe.launch.address == IN_JOB
 
 
 def _settle_environment(recipe: Recipe) -> None:

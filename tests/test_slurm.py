@@ -21,7 +21,7 @@ import slurm_cluster
 import standin
 from slurm_cluster import Cluster, signal_daemon
 
-from cuboid.launch import slurm_step
+from cuboid.launch import ray_cluster, slurm_ray, slurm_step
 from cuboid.launch.failures import newest_step, step_in_work
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.recipe_file import dump_recipe
@@ -282,24 +282,57 @@ def test_a_ray_cluster_of_the_jobs_own_trains_and_loses_no_step(cluster: Cluster
     job = Job(cluster, tmp_path, "--launcher", "ray", "--save-seconds", "90")
     job.trains(1)
     assert stat.S_IMODE((job.folder / ".ray/token").stat().st_mode) == 0o600
-    ray = [psutil.Process(pid) for pid in pids_of_ray(job)]
+    ray = [psutil.Process(pid) for pid in pids_of_ray(job.id)]
     assert len({process.name() for process in ray} & {"gcs_server", "raylet"}) == 2
     places = standin.events(job.folder, "workers")[-1]["ranks"]
     assert len(places) == 4
-    cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
+    job.preempt()
+
     job.trains(2)
     standin.wait_until_gone(ray)
+    cluster.ask("scancel", job.id)
+    job.wait_for("CANCELLED")
+
+    job.submit_again()
     job.wait_for("COMPLETED")
     stops = [event["step"] for event in standin.events(job.folder, "stop")]
-    assert job.starts() == [0, stops[0]]
+    assert len(stops) == 3
+    assert job.starts() == [0, *stops[:-1]]
     job.is_like(calm)
-    assert not pids_of_ray(job)
+    assert not pids_of_ray(job.id)
     assert not Path(f"/tmp/cuboid-{os.getuid()}-{job.id}").exists()
 
 
-def pids_of_ray(job: Job) -> list[int]:
+def test_a_node_that_does_not_join_the_jobs_ray_cluster_is_named(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent dies before it has started Ray."""
+    job = allocation(cluster, monkeypatch)
+    monkeypatch.setattr(slurm_ray, "JOIN_SECONDS", 6.0)
+    launch = {"launcher": "ray", "address": ray_cluster.IN_JOB}
+    recipe = RECIPE.model_copy(update={"launch": RECIPE.launch.model_copy(update=launch)})
+    command = get_context("fork").Process(target=lambda: sys.exit(ray_cluster.launch(recipe, tmp_path)))
+    command.start()
+    agents: list[psutil.Process] = []
+
+    def begins() -> list[psutil.Process]:
+        with suppress(psutil.Error):
+            agents.extend(p for p in cluster.second_node() if "cuboid.launch.slurm_ray" in p.cmdline())
+        return agents
+
+    cluster.wait(begins, seconds=PATIENCE)
+    agents[0].kill()
+    command.join(PATIENCE)
+    assert command.exitcode == 1
+    (end,) = standin.events(tmp_path, "end")
+    assert (end["code"], end["cause"]) == (1, "node n2 did not join the Ray cluster within 6 s")
+    assert not (tmp_path / ".ray").exists()
+    assert not pids_of_ray(job)
+
+
+def pids_of_ray(job: str) -> list[int]:
     """Of the job's cluster, by the folder that all its processes know."""
-    place = f"/tmp/cuboid-{os.getuid()}-{job.id}/"
+    place = f"/tmp/cuboid-{os.getuid()}-{job}/"
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
