@@ -163,6 +163,23 @@ def verify(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What one rank may have, as 80GiB; default: its share of this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the tables.")] = False,
+) -> None:
+    """Show what a recipe will do before it runs: stages, bubble, tokens, and the memory of each rank."""
+    with told():
+        from cuboid.launch import plan as planning
+
+        code = planning.plan(recipe, overrides or (), memory=memory, as_json=as_json)
+    raise typer.Exit(code)
+
+
+@app.command()
 @takes(DrillOptions)
 def drill(options: DrillOptions) -> None:
     """Run a recipe undisturbed and with faults, and report what was lost; exit code 1 where it was too much."""

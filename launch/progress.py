@@ -118,7 +118,7 @@ class Screen:
 def told(event: Mapping[str, Any]) -> str | None:
     """An event in a line for the screen; None for those that a user need not see as they come."""
     kind = event["kind"]
-    if kind in ("skip", "rewind") or (kind == "failure" and event["restart"]):
+    if kind in ("memory", "skip", "rewind") or (kind == "failure" and event["restart"]):
         return event["words"]
     if kind == "hang":
         return f"no rank moves in step {event['step']}: {'; '.join(event['waits'][:_SHOWN_WAITS])}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cuboid.launch import worker
 from cuboid.launch.failures import STOPPED, shown
+from cuboid.launch.memory import predicted_beside
 from cuboid.launch.ray_cluster import IN_JOB
 from cuboid.launch.run_folder import newest_step, open_run_folder
 from cuboid.launch.submitted import tell_version, was_sent
@@ -48,7 +49,8 @@ def train(name: str, overrides: Sequence[str], *, resume: bool | None) -> int:
             print(f"{recipe.name} is complete; train.steps={2 * done} goes on, --fresh begins anew")
             code = 0
         else:
-            code = _launch(recipe, folder)
+            with predicted_beside(recipe, folder):
+                code = _launch(recipe, folder)
         if code == 0:
             print("\n".join(closing_lines(recipe, folder)))
         elif code in STOPPED.values() and not was_sent() and not _in_slurm_job(recipe):

@@ -103,6 +103,21 @@ def connect(
         dist.destroy_process_group()
 
 
+@contextmanager
+def imagine(layout: Layout, *, rank: int) -> Iterator[Block]:
+    """The block as this rank would see it, in a process that stands alone: exchanges end at once and move nothing. Good
+    for shapes on `meta`, whatever the number of ranks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size, timeout=timeout)
+    try:
+        mesh, data_group = _make_mesh(layout, torch.device("cpu"), timeout)
+        yield Block(layout, mesh, data_group, torch.device("meta"), timeout, Whereabouts())
+    finally:
+        dist.destroy_process_group()
+
+
 def _meet(rank: int, ranks: int, *, seconds: float) -> dist.Store:
     """The table at rank 0 through which the ranks find one another's addresses, once all have come to it.
 

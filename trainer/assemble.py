@@ -69,7 +69,7 @@ def assemble(recipe: Recipe, block: Block, blueprint: Blueprint, weights: CopyIn
     layer_terms = teacher.layer_terms if isinstance(teacher, LiveTeacher) else None
     for stage in stages:
         stage.watch = layer_terms
-    numbered: dict[int, nn.Module] = dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    numbered: dict[int, nn.Module] = dict(zip(stages_of_rank(recipe, block), stages, strict=True))
     preference = None
     if isinstance(loss, PreferenceLoss):
         preference = _preference(recipe, block, loss, *(reference or (blueprint, numbered)))
@@ -123,25 +123,9 @@ def build_stages(
 ) -> list[Stage]:
     """This rank's stages, divided over tensor, expert and data, with their first values."""
     settings, split = recipe.parallel, layers_of_stages(recipe, blueprint)
-    plan = tensor_plan(blueprint) if settings.tensor > 1 else {}
     stages = []
-    for index in _stage_indices(recipe, block):
-        # cut on meta first: nothing that this rank does not compute ever takes memory
-        stage = cut_stage(blueprint.model, split[index], anatomy=blueprint.anatomy, masks=blueprint.masks)
-        # before anything is divided: blocks of a matrix, not its numbers
-        if recipe.lora is not None and recipe.lora.base == "nf4":
-            hold_in_4_bits(stage.layers)
-        # before tensor parallelism, whose exchanges lie around a product with rounded weights
-        if quantization is not None:
-            quantization.apply(stage, head=blueprint.anatomy.head)
-        # before sharding over data: FSDP shards what tensor parallelism left to this rank
-        apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
-        # before sharding too: experts are sharded over other ranks than the rest
-        if experts is not None:
-            experts.divide(stage)
-        # before sharding, so that a layer's parameters are gathered once around its recomputation
-        if settings.activation_checkpointing == "full":
-            apply_activation_checkpointing(stage)
+    for index in stages_of_rank(recipe, block):
+        stage = divided_stage(recipe, block, blueprint, split[index], experts, quantization)
         if settings.engine == "native":
             apply_data_parallel(
                 stage,
@@ -166,6 +150,36 @@ def build_stages(
     return stages
 
 
+def divided_stage(
+    recipe: Recipe,
+    block: Block,
+    blueprint: Blueprint,
+    layers: Sequence[int],
+    experts: Experts | None = None,
+    quantization: FakeQuantization | None = None,
+) -> Stage:
+    """The stage of these layers on `meta`, with what this rank has of each matrix, before it is sharded over data."""
+    settings = recipe.parallel
+    plan = tensor_plan(blueprint) if settings.tensor > 1 else {}
+    # cut on meta first: nothing that this rank does not compute ever takes memory
+    stage = cut_stage(blueprint.model, layers, anatomy=blueprint.anatomy, masks=blueprint.masks)
+    # before anything is divided: blocks of a matrix, not its numbers
+    if recipe.lora is not None and recipe.lora.base == "nf4":
+        hold_in_4_bits(stage.layers)
+    # before tensor parallelism, whose exchanges lie around a product with rounded weights
+    if quantization is not None:
+        quantization.apply(stage, head=blueprint.anatomy.head)
+    # before sharding over data: FSDP shards what tensor parallelism left to this rank
+    apply_tensor_parallel(stage, block.mesh["tensor"], plan, sequence=settings.sequence)
+    # before sharding too: experts are sharded over other ranks than the rest
+    if experts is not None:
+        experts.divide(stage)
+    # before sharding, so that a layer's parameters are gathered once around its recomputation
+    if settings.activation_checkpointing == "full":
+        apply_activation_checkpointing(stage)
+    return stage
+
+
 def _teacher(recipe: Recipe, block: Block, blueprint: Blueprint) -> Teacher | None:
     if recipe.distill is None:
         return None
@@ -173,7 +187,7 @@ def _teacher(recipe: Recipe, block: Block, blueprint: Blueprint) -> Teacher | No
         split = layers_of_stages(recipe, blueprint) if recipe.distill.compares_layers else None
         return live_teacher(recipe, block, student=split)
     last = recipe.parallel.pipeline * virtual_stages(recipe) - 1
-    return cached_teacher(recipe, is_last=last in _stage_indices(recipe, block))
+    return cached_teacher(recipe, is_last=last in stages_of_rank(recipe, block))
 
 
 def live_teacher(recipe: Recipe, block: Block, *, student: Sequence[range] | None = None) -> LiveTeacher:
@@ -219,7 +233,7 @@ def _frozen_stages(recipe: Recipe, block: Block, blueprint: Blueprint, weights: 
     blueprint.model.requires_grad_(False)
     stages = build_stages(recipe, block, blueprint, weights, make_experts(recipe, block, blueprint))
     TiedWeights(stages, block).follow()
-    return dict(zip(_stage_indices(recipe, block), stages, strict=True))
+    return dict(zip(stages_of_rank(recipe, block), stages, strict=True))
 
 
 def _preference(
@@ -313,18 +327,19 @@ def _pipeline(
         group=block.mesh["pipeline"].get_group(),
         loss=loss,
         whereabouts=block.whereabouts,
-        **_microbatch_shapes(recipe, blueprint, block),
+        **microbatch_shapes(recipe, blueprint, block),
     )
 
 
-def _stage_indices(recipe: Recipe, block: Block) -> tuple[int, ...]:
+def stages_of_rank(recipe: Recipe, block: Block) -> tuple[int, ...]:
+    """Their numbers."""
     settings, rank = recipe.parallel, block.coordinate.pipeline
     return stage_indices(
         settings.schedule, pipeline=settings.pipeline, rank=rank, virtual_stages=virtual_stages(recipe)
     )
 
 
-def _microbatch_shapes(recipe: Recipe, blueprint: Blueprint, block: Block) -> dict[str, torch.Tensor]:
+def microbatch_shapes(recipe: Recipe, blueprint: Blueprint, block: Block) -> dict[str, torch.Tensor]:
     """On meta, for one microbatch: hidden states between stages [B, T_local, D], logits [B, T, V_local]."""
     batch, tokens, ranks = recipe.batch_plan.microbatch_size, recipe.data.sequence_length, block.layout.tensor
     tokens_local = tokens // ranks if recipe.parallel.sequence else tokens

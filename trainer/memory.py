@@ -42,9 +42,10 @@ def told(recipe: Recipe, folder: Path, block: Block, *, step: int) -> Iterator[N
         if not _is_out_of_memory(error):
             raise
         size, microbatches = recipe.batch_plan.microbatch_size, recipe.parallel.microbatches
-        peak, limit = peak_bytes(block.device), _limit_bytes(block.device)
+        peak, limit = peak_bytes(block.device), limit_bytes(block.device)
         about: dict[str, Any] = {"microbatch_size": size, "layout": str(block.layout), "peak_bytes": peak}
-        RunLog(folder).event(_EVENT, rank=block.rank, step=step, limit_bytes=limit, **about)
+        predicted = _predicted_bytes(folder, block, size)
+        RunLog(folder).event(_EVENT, rank=block.rank, step=step, limit_bytes=limit, predicted_bytes=predicted, **about)
         smaller = _with_smaller(recipe, size)
         remedy = "use more pipeline or tensor ranks, parallel.activation_checkpointing=full, or a shorter sequence"
         if smaller is not None:
@@ -92,6 +93,13 @@ def _with_smaller(recipe: Recipe, too_large: int) -> Recipe | None:
     return recipe.model_copy(update={"parallel": parallel})
 
 
+def _predicted_bytes(folder: Path, block: Block, microbatch_size: int) -> int | None:
+    """What the launcher foresaw for this rank; None where it foresaw nothing, or another layout or batch."""
+    asked = {"kind": "memory", "layout": str(block.layout), "microbatch_size": microbatch_size}
+    told = [event for event in read_events(folder) if asked.items() <= event.items()]
+    return told[-1]["ranks"][block.coordinate.pipeline]["total"] if told else None
+
+
 def _is_out_of_memory(error: BaseException | None) -> bool:
     """The pipeline's runtime raises errors of its own from what a stage raised."""
     while error is not None:
@@ -110,7 +118,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _limit_bytes(device: torch.device) -> int:
+def limit_bytes(device: torch.device) -> int:
     """What this process may have: the device's memory, or the smallest of the machine's and the limits of container
     and process (which counts addresses, more than what is resident)."""
     if device.type == "cuda":
