@@ -89,7 +89,7 @@ def run_ranks(
     tell: Callable[[States], None] | None = None,
 ) -> list[Failure]:
     """Fork this machine's ranks and wait until all have ended; what went wrong, as far as this process sees it. None of
-    them is left afterwards. ``tell``: who hears of a hang (`watching`)."""
+    them is left afterwards. ``tell``: see `watching`."""
     context, plain, log = get_context("fork"), recipe.model_dump(), RunLog(folder)
     forget(folder, [place.rank for place in places])
     ranks = {

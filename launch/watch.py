@@ -51,7 +51,11 @@ def answering(folder: Path, rank: int) -> Iterator[None]:
 
 @contextmanager
 def watching(recipe: Recipe, folder: Path, tell: Callable[[States], None] | None = None) -> Iterator[None]:
-    """Within: a hang of the run's ranks is noticed, told and ended; where there is ``tell``, by whom that tells."""
+    """Within: a hang of the run's ranks is noticed, told and ended.
+
+    Args:
+        tell: hears once how this machine's ranks are, and sees to the rest.
+    """
     done, watch = Event(), Watch(recipe, folder)
 
     def look() -> None:
