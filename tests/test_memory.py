@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import RanksFailed, run_ranks
-from runs import check_resumed, events, losses, recipe_on
+from runs import check_resumed, events, losses, recipe_on, run
 
+from cuboid.launch import local
+from cuboid.launch.memory import predicted_beside
 from cuboid.trainer.engine import NativeEngine, StepResult
 from cuboid.trainer.loop import train
 from cuboid.trainer.memory import _with_smaller
@@ -54,20 +56,30 @@ def limited() -> Recipe:
 
 
 @pytest.mark.full
-def test_a_rank_without_memory_is_told_and_goes_on_with_smaller_microbatches(tmp_path: Path) -> None:
-    folder, recipe = tmp_path, limited()
+def test_a_launch_that_runs_out_of_memory_goes_on_with_smaller_microbatches(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = limited(), tmp_path / "limited"
+    with predicted_beside(recipe, folder):
+        pass
+    assert local.launch(recipe, folder, train=_train_limited) == 0
     words = r"OutOfMemory: step 2 with microbatches of 8 \(parallel.microbatches=1\) needs more memory than there is: "
     words += r"peak \d\.\d\d GB, limit \d+\.\d\d GB; use parallel.microbatches=2, which changes no number"
-    with pytest.raises(RanksFailed, match=words):
-        run_ranks(_train_limited, 2, recipe, folder, timeout=120)
+    (failure,) = events(folder, "failure")
+    assert re.search(words, failure["cause"])
     (found,) = events(folder, "out_of_memory")
     assert (found["rank"], found["step"], found["microbatch_size"]) == (1, 2, 8)
     assert found["peak_bytes"] < found["limit_bytes"] < 8 << 30, "the limit of the process, not the machine's memory"
-    run_ranks(_train_limited, 2, recipe, folder, timeout=120)
+    assert _ROOM_BYTES < found["predicted_bytes"] < 2 * _ROOM_BYTES, "it was foreseen that a step takes more"
     check_resumed(folder, at=1)
     (event,) = events(folder, "shrink")
     assert (event["microbatches"], event["microbatch_size"]) == (2, 4)
-    assert [step for step, *_ in losses(folder)] == [1, 2, 3]
+    assert "microbatches of 8 took too much memory: now 4" in capfd.readouterr().out
+    undisturbed = run(recipe, tmp_path / "undisturbed")
+    for (step, loss, norm), expected in zip(losses(folder), undisturbed, strict=True):
+        assert step == expected["step"]
+        assert loss == pytest.approx(expected["loss"], rel=1e-6)
+        assert norm == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
 def test_microbatches_shrink_as_far_as_the_batch_divides() -> None:
