@@ -36,7 +36,10 @@ def predicted_beside(recipe: Recipe, folder: Path) -> Iterator[None]:
 
 def _tell(recipe: Recipe, folder: Path) -> None:
     die_with_parent(SIGKILL)
-    send_output_to(folder / _LOG)  # nobody has asked: if it cannot be told, the run goes on all the same
+    try:
+        send_output_to(folder / _LOG)  # nobody has asked: what goes wrong here is no concern of the screen
+    except OSError:  # a full disk, of which the run itself will tell
+        return
     from cuboid.trainer.prediction import NotPredicted, predict
 
     try:
