@@ -11,7 +11,9 @@ from typing import Any
 from cuboid.launch.memory import rank_limit_bytes, readable, too_small
 from cuboid.launch.training import checked_recipe
 from cuboid.parallel.errors import UserError
+from cuboid.parallel.simulation import ideal_bubble
 from cuboid.trainer.check import Devices, check
+from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.recipe import Recipe
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -67,8 +69,13 @@ def facts(recipe: Recipe, *, limit_bytes: int | None) -> dict[str, Any]:
         "sequence_length": recipe.data.sequence_length,
         "tokens_per_step": recipe.train.global_batch * recipe.data.sequence_length,
         "stages": [asdict(stage) for stage in prediction.stages(recipe)],
-        "bubble_ideal": prediction.bubble(recipe, by_costs=False),
-        "bubble_expected": prediction.bubble(recipe, by_costs=True),
+        "bubble_ideal": ideal_bubble(
+            recipe.parallel.schedule,
+            pipeline=recipe.layout.pipeline,
+            virtual_stages=virtual_stages(recipe),
+            microbatches=sizes.microbatches,
+        ),
+        "bubble_expected": prediction.expected_bubble(recipe),
         "memory": ranks,
         "memory_not_predicted": reason,
         "limit_bytes": limit_bytes,

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from cuboid.parallel.schedules import Action, order
 
+UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "R": 0.0}
+"""How long each kind of action takes, in thirds of a microbatch on a stage."""
+
 
 def ideal_bubble(schedule: str, *, pipeline: int, virtual_stages: int, microbatches: int) -> float:
     """Idle share of the wall time where F, I and W take equally long, B = I + W, and messages no time.
@@ -16,8 +19,7 @@ def ideal_bubble(schedule: str, *, pipeline: int, virtual_stages: int, microbatc
     Language Model Training on GPU Clusters", section 2.2 (given there as a share of the busy time, (p - 1) / (v m)).
     """
     sizes = {"pipeline": pipeline, "virtual_stages": virtual_stages, "microbatches": microbatches}
-    units = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "R": 0.0}
-    return simulate(order(schedule, **sizes), lambda action: units[action.kind]).bubble
+    return simulate(order(schedule, **sizes), lambda action: UNITS[action.kind]).bubble
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from cuboid.trainer.model_config import config_of
 from cuboid.trainer.prediction import NotPredicted, predict
 from cuboid.trainer.recipe import Recipe
 
-TOO_LITTLE, TOO_MUCH = {"float32": 0.12, "bfloat16": 0.25}, 0.05
+TOO_LITTLE, TOO_MUCH = {"float32": 0.15, "bfloat16": 0.25}, 0.05
 """Share of the truth by which a prediction may be below it (what single operations and exchanges take for themselves,
 and the nodes of autograd's graph) and above it."""
 TOKENS = 256

@@ -21,7 +21,7 @@ from cuboid.parallel.live_bytes import FusedAttention, LiveBytes
 from cuboid.parallel.loss import SummedCrossEntropy
 from cuboid.parallel.mesh import Block
 from cuboid.parallel.stages import Masks, Stage, apply_activation_checkpointing
-from cuboid.trainer.assemble import divided_stage, microbatch_shapes, reshards_after_forward
+from cuboid.trainer.assemble import divided_stage, microbatch_shapes, reshards_after_forward, stages_of_rank
 from cuboid.trainer.model import DTYPES, Blueprint
 from cuboid.trainer.parts import make_experts, make_quantization
 from cuboid.trainer.recipe import Recipe
@@ -66,7 +66,11 @@ def footprint(recipe: Recipe, block: Block, blueprint: Blueprint, layers: Sequen
         apply_activation_checkpointing(stage)
     units = _units(recipe, block, stage)
     stored = sum(unit.stored(parameter) for unit in units for parameter in unit.parameters)
-    trained = sum(unit.stored(parameter) for unit in units for parameter in unit.parameters if parameter.requires_grad)
+    # a tied head whose embedding stands on this rank too follows that one, and is not updated itself
+    follows = blueprint.anatomy.tied and stage.is_last and not stage.is_first and 0 in stages_of_rank(recipe, block)
+    spared = stage.get_parameter(blueprint.anatomy.head_weight) if follows else None
+    updated = [(unit, p) for unit in units for p in unit.parameters if p.requires_grad and p is not spared]
+    trained = sum(unit.stored(parameter) for unit, parameter in updated)
     is_wrapped = block.layout.data > 1 or blueprint.compute != torch.float32
     if blueprint.compute != torch.float32:
         stage.to(blueprint.compute)

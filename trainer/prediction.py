@@ -14,7 +14,7 @@ from typing import Any
 from cuboid.parallel.layout import Coordinate
 from cuboid.parallel.mesh import imagine
 from cuboid.parallel.schedules import Action, order
-from cuboid.parallel.simulation import simulate
+from cuboid.parallel.simulation import UNITS, simulate
 from cuboid.trainer.assemble import layers_of_stages, stages_of_rank
 from cuboid.trainer.check_mesh import virtual_stages
 from cuboid.trainer.footprint import Footprint, footprint
@@ -23,8 +23,6 @@ from cuboid.trainer.model_config import config_of
 from cuboid.trainer.recipe import Recipe
 from cuboid.trainer.recipe_preference import ADAPTER
 
-_UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "R": 0.0}
-"""Of a stage's cost, what each kind of action takes of a third."""
 _LONG_BYTES = 8
 _OF_A_TOKEN = 3
 """Numbers of a token in a batch: its id, its label, its position."""
@@ -151,12 +149,10 @@ def stages(recipe: Recipe) -> list[StagePlan]:
     ]
 
 
-def bubble(recipe: Recipe, *, by_costs: bool) -> float:
-    """Idle share of a step, messages taking no time: as the stages' estimated costs say, or with stages all alike."""
-    actions = schedule_of(recipe)
-    number = recipe.layout.pipeline * virtual_stages(recipe)
-    costs = _costs(recipe, adapted_blueprint(recipe)) if by_costs else [1.0] * number
-    return simulate(actions, lambda action: _UNITS[action.kind] * costs[action.stage]).bubble
+def expected_bubble(recipe: Recipe) -> float:
+    """Idle share of a step by the stages' estimated costs, if messages took no time."""
+    costs = _costs(recipe, adapted_blueprint(recipe))
+    return simulate(schedule_of(recipe), lambda action: UNITS[action.kind] * costs[action.stage]).bubble
 
 
 def _costs(recipe: Recipe, blueprint: Blueprint) -> list[float]:
