@@ -24,7 +24,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
-from cuboid.launch import watch, worker
+from cuboid.launch import fence, watch, worker
 from cuboid.launch.failures import RESIZE, Ending, Failure, Judge, stop_reason
 from cuboid.launch.placement import rank_order
 from cuboid.launch.ray_room import Bundle, Room, wait_for_nodes
@@ -193,6 +193,7 @@ class RankBackend(Backend):
         seats: list[Seat] = worker_group.execute(_describe, backend_config.probe)
         _check(seats, backend_config)
         watch.forget(backend_config.folder, range(len(seats)))
+        group = fence.begin(backend_config.folder)
         ranks = rank_order([seat.node for seat in seats], backend_config.tensor)
         first = ranks.index(0)
         port = worker_group.execute_single(first, worker.free_port)
@@ -208,9 +209,7 @@ class RankBackend(Backend):
                 host=seats[first].address,
                 port=port,
             )
-            settled.append(
-                worker_group.execute_single_async(index, _settle, place, backend_config.threads, os.getcwd())
-            )
+            settled.append(worker_group.execute_single_async(index, _settle, place, backend_config, os.getcwd(), group))
             placed[str(rank)] = {"host": seat.host, "pid": seat.pid, "worker": index, "cuboid": seat.version}
         ray.get(settled)
         log = RunLog(backend_config.folder)
@@ -240,10 +239,11 @@ def _check(seats: Sequence[Seat], config: RankConfig) -> None:
             )
 
 
-def _settle(place: Place, threads: str | None, directory: str) -> None:
+def _settle(place: Place, config: RankConfig, directory: str, group: str) -> None:
     """In a worker: its environment, before torch is imported there."""
+    fence.join(config.folder, group)
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray's guess
-    os.environ["OMP_NUM_THREADS"] = threads or worker.threads(place.local_size)
+    os.environ["OMP_NUM_THREADS"] = config.threads or worker.threads(place.local_size)
     os.environ.update(worker.environment(place))
     if os.path.isdir(directory):
         os.chdir(directory)  # where a recipe's relative paths begin

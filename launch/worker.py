@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuboid.launch import failures, watch
+from cuboid.launch import failures, fence, watch
 from cuboid.launch.private import keep_files_private, redact_output
 from cuboid.parallel.errors import RunFailed
 from cuboid.trainer.check import num_cores
@@ -53,6 +53,8 @@ def run(recipe: dict[str, Any], folder: str, *, train: Train | None = None) -> N
         with watch.answering(path, rank):
             train(Recipe.model_validate(recipe), path)
     except BaseException as error:
+        if fence.is_overtaken(path):  # the end of its peers is no failure of the newer ranks
+            raise SystemExit(failures.EXIT_CODES["error"]) from error
         raise SystemExit(failures.record(path, rank, error)) from error
     finally:
         sys.stdout.flush()

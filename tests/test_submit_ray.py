@@ -1,7 +1,8 @@
-"""Runs sent to a real Ray cluster that asks for a token: followed, left alone, stopped, gone on with."""
+"""Runs sent to a real Ray cluster that asks for a token: followed, left alone, stopped, gone on with elsewhere."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -9,10 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,15 +30,56 @@ BIN = Path(sys.executable).parent
 TOKEN = "a-token-of-this-test-alone"
 
 
-@dataclass(frozen=True)
-class Head:
-    """A cluster of one node, the laptop that sends runs there, and the storage that both see."""
+class Cluster:
+    """A head without CPUs, a node with four, the laptop that sends runs there, and the storage that all of them see."""
 
-    url: str
-    laptop: Path
-    shared: Path
-    process: psutil.Process
-    environment: dict[str, str]
+    def __init__(self, laptop: Path, shared: Path, token: Path) -> None:
+        self.laptop, self.shared = laptop, shared
+        self.environment = os.environ | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # a node without its head goes on for long
+        }
+        # Ray's sockets lie there, and their names may be 107 bytes long
+        self.place = Path("/tmp", f"ray-{os.getpid()}")
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self._numbers = itertools.count()
+
+    def begin(self) -> None:
+        """A new head and a new node, on ports of their own."""
+        port, board, agent, other = (free_port() for _ in range(4))
+        ports = [f"--port={port}", f"--dashboard-port={board}", f"--dashboard-agent-listen-port={agent}"]
+        self.url = f"http://127.0.0.1:{board}"
+        self._add("--head", *ports, "--dashboard-host=127.0.0.1", "--num-cpus=0")
+        deadline = time.monotonic() + 120
+        while subprocess.run(self.command("jobs"), env=self.environment, capture_output=True, check=False).returncode:
+            assert time.monotonic() < deadline, "the head does not start"
+        self._add(f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={other}", "--num-cpus=4")
+
+    def _add(self, *options: str) -> None:
+        """Each with a folder of its own: two that share one remove each other's copies of a job's files."""
+        options = (*options, f"--temp-dir={self.place}/{next(self._numbers)}")
+        common = ["--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        self.nodes.append(subprocess.Popen([BIN / "ray", "start", *common, *options], env=self.environment, **quiet))
+
+    def processes(self, nodes: Sequence[subprocess.Popen[bytes]]) -> list[psutil.Process]:
+        found = [psutil.Process(node.pid) for node in nodes]
+        return [*found, *(child for process in found for child in process.children(recursive=True))]
+
+    def kill(self, nodes: Sequence[subprocess.Popen[bytes]]) -> None:
+        """As machines that go dark: nothing of them can say a word."""
+        killed = self.processes(nodes)
+        for process in killed:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for node in nodes:
+            node.wait(60)
+        standin.wait_until_gone(killed)
+        self.nodes = [node for node in self.nodes if node not in nodes]
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "cuboid.launch.cli", *words, "--address", self.url]
@@ -62,44 +104,18 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    laptop, shared = tmp_path_factory.mktemp("laptop"), tmp_path_factory.mktemp("shared")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     token = tmp_path_factory.mktemp("secret") / "token"
     token.touch(mode=0o600)
     token.write_text(TOKEN)
-    environment = os.environ | {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    place = Path("/tmp", f"ray-{os.getpid()}")  # Ray's sockets lie in it, and their names may be 107 bytes long
-    options = [*(f"--{name}={port}" for name, port in ports.items()), f"--temp-dir={place}", "--num-cpus=4"]
-    options += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000"]
-    started = subprocess.Popen(
-        [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *options],
-        env=environment | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{ports['dashboard-port']}"
+    made = Cluster(tmp_path_factory.mktemp("laptop"), tmp_path_factory.mktemp("shared"), token)
     try:
-        made = Head(url, laptop, shared, psutil.Process(started.pid), environment)
-        deadline = time.monotonic() + 60
-        while subprocess.run(made.command("jobs"), env=environment, capture_output=True, check=False).returncode:
-            assert time.monotonic() < deadline, "the head does not start"
-        write_recipe(laptop, shared)
+        made.begin()
+        write_recipe(made.laptop, made.shared)
         yield made
     finally:
-        family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
-        for process in family:  # asked to end, Ray's command waits half a minute
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        started.wait(60)
-        standin.wait_until_gone(family)
-        shutil.rmtree(place, ignore_errors=True)
+        made.kill(made.nodes)
+        shutil.rmtree(made.place, ignore_errors=True)
 
 
 def write_recipe(laptop: Path, shared: Path) -> None:
@@ -130,12 +146,12 @@ def wait_for(text: str, process: subprocess.Popen[str]) -> str:
     raise AssertionError("".join(lines))
 
 
-def test_a_run_outlives_the_laptop_and_is_stopped_with_a_checkpoint(head: Head) -> None:
-    environment = head.environment | {"RAY_AUTH_TOKEN_PATH": os.devnull, "RAY_AUTH_TOKEN": "another"}
-    refused = subprocess.run(head.command("jobs"), env=environment, capture_output=True, text=True, check=False)
+def test_a_run_outlives_the_laptop_and_is_stopped_with_a_checkpoint(cluster: Cluster) -> None:
+    environment = cluster.environment | {"RAY_AUTH_TOKEN_PATH": os.devnull, "RAY_AUTH_TOKEN": "another"}
+    refused = subprocess.run(cluster.command("jobs"), env=environment, capture_output=True, text=True, check=False)
     assert (refused.returncode, "does not take the token of the environment" in refused.stderr) == (2, True)
 
-    laptop = head.start("submit", "far.yaml")
+    laptop = cluster.start("submit", "far.yaml")
     printed = wait_for("loss", laptop)
     assert re.search(r"sending \d\.\d MB \(code \d\.\d MB, data\.path 0\.0 MB\) to http://127", printed)
     job, sent = re.search(r"^job (\S+), cuboid (\S+), run", printed, re.MULTILINE).groups()
@@ -143,38 +159,88 @@ def test_a_run_outlives_the_laptop_and_is_stopped_with_a_checkpoint(head: Head) 
     laptop.kill()
     laptop.communicate()
 
-    assert re.search(rf"^{job}  running    \d{{4}}-.*  {head.shared}/far$", head.run("jobs"), re.MULTILINE)
-    follower = head.start("logs", "--follow", job)
+    assert re.search(rf"^{job}  running    \d{{4}}-.*  {cluster.shared}/far$", cluster.run("jobs"), re.MULTILINE)
+    follower = cluster.start("logs", "--follow", job)
     assert printed.split("Running entrypoint")[1].splitlines()[1] in wait_for("loss", follower)
     os.kill(follower.pid, signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
     assert follower.returncode == 130
     assert f"{job} goes on. follow it: " in said
-    assert f"stop {job} --address {head.url}" in said
+    assert f"stop {job} --address {cluster.url}" in said
 
-    commands = {process: " ".join(process.cmdline()) for process in head.process.children(recursive=True)}
-    stopped = head.run("stop", job)
-    folder = head.shared / "far"
+    commands = {process: " ".join(process.cmdline()) for process in cluster.processes(cluster.nodes)}
+    stopped = cluster.run("stop", job)
+    folder = cluster.shared / "far"
     last = read_metrics(folder)[-1]["step"]
     assert max(steps(folder / "checkpoints")) == last
     assert f"cuboid: stopped after step {last} of 100000\n{job}: stopped" in stopped
-    assert re.search(rf"^{job}  stopped ", head.run("jobs"), re.MULTILINE)
+    assert re.search(rf"^{job}  stopped ", cluster.run("jobs"), re.MULTILINE)
     ranks = [place["pid"] for event in read_events(folder) for place in event.get("ranks", {}).values()]
     assert ranks
     own = [process for process, line in commands.items() if process.pid in ranks or "cuboid.launch.cli train" in line]
     assert len(own) >= len(set(ranks)) + 2, "the driver, its host process, and the ranks"
     standin.wait_until_gone(own)
-    assert TOKEN.encode() not in b"".join(path.read_bytes() for path in head.shared.rglob("*") if path.is_file())
-    assert f"knows no job {job}0" in head.run("stop", f"{job}0", code=2)
+    assert TOKEN.encode() not in b"".join(path.read_bytes() for path in cluster.shared.rglob("*") if path.is_file())
+    assert f"knows no job {job}0" in cluster.run("stop", f"{job}0", code=2)
 
 
-def test_rays_own_command_does_too(head: Head) -> None:
+def test_rays_own_command_does_too(cluster: Cluster) -> None:
     """With the code that the cluster has."""
-    ray = [BIN / "ray", "job", "submit", "--address", head.url, "--working-dir", "."]
+    ray = [BIN / "ray", "job", "submit", "--address", cluster.url, "--working-dir", "."]
     command = [*ray, "--", "cuboid", "train", "far.yaml", "name=plain", "train.steps=20"]
-    asked = {"cwd": head.laptop, "env": head.environment, "capture_output": True, "text": True, "check": False}
+    asked = {"cwd": cluster.laptop, "env": cluster.environment, "capture_output": True, "text": True, "check": False}
     done = subprocess.run(command, timeout=180, **asked)
     assert done.returncode == 0, done.stdout
     assert re.search(r"^cuboid \S+ on ", done.stdout, re.MULTILINE)
     assert "done: 20 steps" in done.stdout
-    assert [record["step"] for record in read_metrics(head.shared / "plain")] == list(range(1, 21))
+    assert [record["step"] for record in read_metrics(cluster.shared / "plain")] == list(range(1, 21))
+
+
+def test_a_lost_head_costs_no_more_than_since_the_checkpoint(cluster: Cluster) -> None:
+    """Head, driver and job are gone at once; ranks on the other node train on, until those of the next start."""
+    folder, every = cluster.shared / "far", 50
+    sent = ("submit", "far.yaml", "--detach", f"checkpoint.every={every}", "checkpoint.asynchronous=false")
+    begun = len(standin.events(folder, "start"))
+    cluster.run(*sent)
+    lost = next_start(folder, begun)
+    wait(lambda: done(folder) > lost["step"] + every)
+    ranks = [psutil.Process(place["pid"]) for place in lost["ranks"].values()]
+    dark = time.time()
+    cluster.kill(cluster.nodes[:1])
+    stood_at = done(folder)
+    assert all(map(standin.is_alive, ranks)), "of the other node"
+
+    cluster.begin()
+    cluster.run(*sent)
+    standin.wait_until_gone(ranks, 200)
+    gone, came_to = time.time(), done(folder)
+    again = next_start(folder, begun + 1)
+    wait(lambda: done(folder) > came_to)
+    assert stood_at - every <= again["step"], "from the newest checkpoint"
+    assert came_to - again["step"] <= every
+    assert "a newer start of this run has begun" in (folder / "logs" / "rank-0.txt").read_text()
+    assert not standin.events(folder, "rank_error")
+    found = [record["step"] for record in read_metrics(folder)]
+    assert found == list(range(found[0], found[0] + len(found))), "each step stands once"
+    seats = standin.events(folder, "workers")[-1]["time"]
+    print(
+        f"head lost: ranks again after {again['time'] - dark:.1f} s, the old ones gone {gone - seats:.1f} s after seats"
+    )
+
+
+def done(folder: Path) -> int:
+    """The newest step of a run."""
+    return max((record["step"] for record in read_metrics(folder)), default=0)
+
+
+def next_start(folder: Path, begun: int) -> dict[str, Any]:
+    """Of ranks, once there are more starts than ``begun``."""
+    wait(lambda: len(standin.events(folder, "start")) > begun)
+    return standin.events(folder, "start")[begun]
+
+
+def wait(holds: Callable[[], object], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "nothing came of it"
+        time.sleep(0.1)
