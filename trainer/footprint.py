@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cuboid.parallel.expert import expert_modules
 from cuboid.parallel.gradients import local, local_gradient
 from cuboid.parallel.live_bytes import FusedAttention, LiveBytes
 from cuboid.parallel.loss import SummedCrossEntropy
@@ -23,7 +22,7 @@ from cuboid.parallel.mesh import Block
 from cuboid.parallel.stages import Masks, Stage, apply_activation_checkpointing
 from cuboid.trainer.assemble import divided_stage, microbatch_shapes, reshards_after_forward, stages_of_rank
 from cuboid.trainer.model import DTYPES, Blueprint
-from cuboid.trainer.parts import make_experts, make_quantization
+from cuboid.trainer.parts import make_quantization
 from cuboid.trainer.recipe import Recipe
 
 
@@ -54,12 +53,12 @@ class Footprint:
 
 
 def footprint(recipe: Recipe, block: Block, blueprint: Blueprint, layers: Sequence[int]) -> Footprint:
-    """Of the stage with these layers, cut out of ``blueprint``, on the rank of ``block`` (`mesh.imagine`)."""
-    experts, quantization = make_experts(recipe, block, blueprint), make_quantization(recipe, block)
+    """Of the stage with these layers, cut out of ``blueprint``, on the rank of ``block`` (`mesh.imagine`); of a model
+    without experts."""
     plainly = recipe.model_copy(
         update={"parallel": recipe.parallel.model_copy(update={"activation_checkpointing": "none"})}
     )
-    stage = divided_stage(plainly, block, blueprint, layers, experts, quantization)
+    stage = divided_stage(plainly, block, blueprint, layers, quantization=make_quantization(recipe, block))
     for layer in stage.layers.values():
         layer.forward = partial(_with_fused_attention, layer.forward)
     if recipe.parallel.activation_checkpointing == "full":  # around it, so that what is computed again is as fused
@@ -119,17 +118,13 @@ class _Unit:
 
 
 def _units(recipe: Recipe, block: Block, stage: Stage) -> list[_Unit]:
-    """As `apply_data_parallel` takes them: experts, layers, and all that is left."""
-    layout = block.layout
-    shards = layout.data // layout.replicas if recipe.is_sharded else 1
-    experts = layout.data * layout.tensor // layout.expert if recipe.is_sharded else 1
-    modules = [(module, experts) for _, _, module, _ in expert_modules(stage)]
-    modules += [(layer, shards) for layer in stage.layers.values()]
+    """As `apply_data_parallel` takes them: layers, and all that is left."""
+    shards = block.layout.data // block.layout.replicas if recipe.is_sharded else 1
     units, taken = [], set[nn.Parameter]()
-    for module, ranks in [*modules, (stage, shards)]:
+    for module in (*stage.layers.values(), stage):
         own = [parameter for parameter in module.parameters() if parameter not in taken]
         taken.update(own)
-        units.append(_Unit(module, own, ranks))
+        units.append(_Unit(module, own, shards))
     return units
 
 
@@ -168,8 +163,7 @@ class _Passing:
         return held, forward, found[0], found[1]
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        share = {"sequence_share": inputs["sequence_share"]} if self._stage.with_experts else {}
-        output: Tensor = self._stage(inputs["x"], position_ids=inputs["position_ids"], **share)
+        output: Tensor = self._stage(inputs["x"], position_ids=inputs["position_ids"])
         return output
 
     def _keep_gradient(self, parameter: Tensor) -> None:
@@ -199,7 +193,7 @@ def _inputs(stage: Stage, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     batch, tokens = shapes["logits"].shape[:2]
     ids = torch.empty(batch, tokens, dtype=torch.int64, device="meta")
     x = ids if stage.is_first else shapes["boundary"].detach().requires_grad_()
-    return {"x": x, "position_ids": ids, "labels": ids, "sequence_share": torch.empty(batch, device="meta")}
+    return {"x": x, "position_ids": ids, "labels": ids}
 
 
 def _masks(recipe: Recipe, blueprint: Blueprint, position_ids: Tensor) -> Masks:
