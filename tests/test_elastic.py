@@ -101,17 +101,17 @@ def cluster() -> Iterator[Any]:
 @pytest.mark.full
 @pytest.mark.alone
 @pytest.mark.timeout(420)
-def test_a_lost_node_costs_data_ranks_until_it_is_back(cluster: Any, tmp_path: Path) -> None:
+def test_a_lost_node_costs_data_ranks_until_a_larger_one_is_there(cluster: Any, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20) for _ in range(2)]
     words = [sys.executable, __file__, cluster.address, str(tmp_path / "run")]
     with standin.command(words, tmp_path / "run") as driver:
         standin.wait_until(lambda: len(read_metrics(tmp_path / "run")) >= 5, driver, seconds=150)
         cluster.remove_node(nodes[1], allow_graceful=False)
         standin.wait_until(lambda: len(events(tmp_path / "run", "start")) == 2, driver, seconds=120)
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        cluster.add_node(num_cpus=3, object_store_memory=80 * 2**20)
         out, err = driver.communicate(timeout=240)
     assert (driver.returncode, err) == (0, "")
-    assert [event["data"] for event in events(tmp_path / "run", "seated")] == [2, 1, 2]
+    assert [event["data"] for event in events(tmp_path / "run", "seated")] == [2, 1, 4]
     assert "1 data ranks find room (2 asked for); the cluster has 1 CPUs" in out
     (failure,) = events(tmp_path / "run", "failure")
     starts = [event["step"] for event in events(tmp_path / "run", "start")]
@@ -126,7 +126,7 @@ def test_a_lost_node_costs_data_ranks_until_it_is_back(cluster: Any, tmp_path: P
 
 
 def recipe(address: str | None = None) -> Recipe:
-    launch = {"address": address, "min_data": 1, "timeout_seconds": 20}
+    launch = {"address": address, "min_data": 1, "max_data": 4, "timeout_seconds": 20}
     found = elastic("1x2x1", batch=8, launch=launch, microbatches=2)
     return found.model_copy(
         update={
