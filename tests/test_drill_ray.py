@@ -6,8 +6,8 @@ from test_drill import TIMEOUT_SECONDS, drilled, recipe_file
 
 from cuboid.trainer.recipe_file import read_recipe
 
-RECOVER_SECONDS = 120
-"""40 are aimed at; on two cores it took 45 with a load of 30 and 66 with one of 58."""
+RECOVER_SECONDS = 60
+"""40 are promised; on two idle cores it takes 15 and 20."""
 
 
 @pytest.mark.full

@@ -22,7 +22,7 @@ import yaml
 
 from cuboid.launch.worker import free_port
 from cuboid.trainer.manifest import steps
-from cuboid.trainer.runlog import read_events, read_metrics
+from cuboid.trainer.runlog import read_metrics
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.alone, pytest.mark.full]
 
@@ -69,6 +69,14 @@ class Cluster:
     def processes(self, nodes: Sequence[subprocess.Popen[bytes]]) -> list[psutil.Process]:
         found = [psutil.Process(node.pid) for node in nodes]
         return [*found, *(child for process in found for child in process.children(recursive=True))]
+
+    def command_lines(self) -> dict[psutil.Process, str]:
+        """Of the processes that have not ended meanwhile."""
+        found = {}
+        for process in self.processes(self.nodes):
+            with suppress(psutil.NoSuchProcess):
+                found[process] = " ".join(process.cmdline())
+        return found
 
     def kill(self, nodes: Sequence[subprocess.Popen[bytes]]) -> None:
         """As machines that go dark: nothing of them can say a word."""
@@ -168,14 +176,14 @@ def test_a_run_outlives_the_laptop_and_is_stopped_with_a_checkpoint(cluster: Clu
     assert f"{job} goes on. follow it: " in said
     assert f"stop {job} --address {cluster.url}" in said
 
-    commands = {process: " ".join(process.cmdline()) for process in cluster.processes(cluster.nodes)}
+    commands = cluster.command_lines()
     stopped = cluster.run("stop", job)
     folder = cluster.shared / "far"
     last = read_metrics(folder)[-1]["step"]
     assert max(steps(folder / "checkpoints")) == last
     assert f"cuboid: stopped after step {last} of 100000\n{job}: stopped" in stopped
     assert re.search(rf"^{job}  stopped ", cluster.run("jobs"), re.MULTILINE)
-    ranks = [place["pid"] for event in read_events(folder) for place in event.get("ranks", {}).values()]
+    ranks = standin.worker_pids(folder)
     assert ranks
     own = [process for process, line in commands.items() if process.pid in ranks or "cuboid.launch.cli train" in line]
     assert len(own) >= len(set(ranks)) + 2, "the driver, its host process, and the ranks"
@@ -223,9 +231,8 @@ def test_a_lost_head_costs_no_more_than_since_the_checkpoint(cluster: Cluster) -
     found = [record["step"] for record in read_metrics(folder)]
     assert found == list(range(found[0], found[0] + len(found))), "each step stands once"
     seats = standin.events(folder, "workers")[-1]["time"]
-    print(
-        f"head lost: ranks again after {again['time'] - dark:.1f} s, the old ones gone {gone - seats:.1f} s after seats"
-    )
+    assert gone - seats < 15, "they look each second"
+    assert again["time"] - dark < 120, "60 are promised; on two idle cores it takes 40, a new head included"
 
 
 def done(folder: Path) -> int:
