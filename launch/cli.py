@@ -167,7 +167,8 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     memory: Annotated[
-        str | None, typer.Option(help="What one rank may have, as 80GiB; default: its share of this machine.")
+        str | None,
+        typer.Option(help="What a rank may have on another machine, as 80GiB; default: its share of this one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the tables.")] = False,
 ) -> None:

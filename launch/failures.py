@@ -248,7 +248,10 @@ def stop_reason(folder: Path) -> str | None:
 
 def shown(path: Path) -> str:
     """A path as a user likes to read it: relative where that is shorter."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except FileNotFoundError:  # the working directory is gone
+        return str(path)
     return str(path) if relative.startswith("..") else relative
 
 

@@ -25,13 +25,14 @@ def plan(name: str, overrides: Sequence[str], *, memory: str | None, as_json: bo
     """Print what the recipe will do; returns the command's exit code.
 
     Args:
-        memory: that one rank may have, as 80GiB; None: what it may have here, where the ranks start on this machine.
+        memory: that one rank may have, as 80GiB, on another machine; None: what it may have here, where the ranks start
+            on this machine.
 
     Raises:
         UserError: the recipe cannot run so, in the same words as for `train`; this machine may be too small for it.
     """
     given = None if memory is None else parse_bytes(memory)
-    recipe = checked_recipe(name, overrides, check=_anywhere)
+    recipe = checked_recipe(name, overrides, check=_anywhere, elsewhere=given is not None)
     found = facts(recipe, limit_bytes=given or rank_limit_bytes(recipe))
     print(json.dumps(found) if as_json else "\n".join(_lines(found)))
     return 0

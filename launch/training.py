@@ -92,13 +92,14 @@ def this_command() -> str:
     return shlex.quote(path if os.sep in path else os.path.join(os.curdir, path))
 
 
-def checked_recipe(name: str, overrides: Sequence[str], *, check: Check = check) -> Recipe:
-    """The resolved recipe; raises UserErrors with the file and line of each field that is wrong by ``check``."""
+def checked_recipe(name: str, overrides: Sequence[str], *, check: Check = check, elsewhere: bool = False) -> Recipe:
+    """The resolved recipe; raises UserErrors with the file and line of each field that is wrong by ``check``.
+    ``elsewhere``: it is not meant for this machine, whatever it says itself."""
     source = read_recipe(name, overrides)
     recipe = source.recipe()
     try:
         _settle_environment(recipe)
-        devices = None if runs_elsewhere(recipe.launch) else local_devices(recipe.launch)
+        devices = None if elsewhere or runs_elsewhere(recipe.launch) else local_devices(recipe.launch)
         recipe = resolve_devices(recipe, devices)
         check(recipe, devices)
     except UserError as error:

@@ -199,7 +199,7 @@ def test_the_plan_of_a_recipe(tmp_path: Path) -> None:
     assert [stage["pipeline"] for stage in found["stages"]] == [0, 1]
     assert found["bubble_ideal"] == pytest.approx(1 / 5)
     assert [rank["pipeline"] for rank in found["memory"]] == [0, 1]
-    code, printed, _ = planned(recipe, file, "--memory", "1KB")
+    code, printed, _ = planned(recipe, file, "launch.device=cuda", "--memory", "1KB")
     assert code == 0
     assert "bubble: " in printed
     assert "warning: parameters, moments and gradients alone take " in printed
