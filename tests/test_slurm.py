@@ -21,7 +21,7 @@ import slurm_cluster
 import standin
 from slurm_cluster import Cluster, signal_daemon
 
-from cuboid.launch import ray_cluster, slurm_ray, slurm_step
+from cuboid.launch import slurm_step
 from cuboid.launch.failures import newest_step, step_in_work
 from cuboid.parallel.errors import UserError
 from cuboid.trainer.recipe_file import dump_recipe
@@ -303,16 +303,18 @@ def test_a_ray_cluster_of_the_jobs_own_trains_and_loses_no_step(cluster: Cluster
     assert not Path(f"/tmp/cuboid-{os.getuid()}-{job.id}").exists()
 
 
+IMPATIENT = "from cuboid.launch import cli, slurm_ray; slurm_ray.JOIN_SECONDS = 6.0; cli.main()"
+"""The command, with less time than a minute for nodes to join."""
+
+
 def test_a_node_that_does_not_join_the_jobs_ray_cluster_is_named(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its agent dies before it has started Ray."""
     job = allocation(cluster, monkeypatch)
-    monkeypatch.setattr(slurm_ray, "JOIN_SECONDS", 6.0)
-    launch = {"launcher": "ray", "address": ray_cluster.IN_JOB}
-    recipe = RECIPE.model_copy(update={"launch": RECIPE.launch.model_copy(update=launch)})
-    command = get_context("fork").Process(target=lambda: sys.exit(ray_cluster.launch(recipe, tmp_path)))
-    command.start()
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(RECIPE.model_copy(update={"runs": str(tmp_path)})))
+    words = ["train", str(tmp_path / "recipe.yaml"), "launch.launcher=ray", "launch.address=slurm"]
+    folder = tmp_path / RECIPE.name
     agents: list[psutil.Process] = []
 
     def begins() -> list[psutil.Process]:
@@ -320,13 +322,14 @@ def test_a_node_that_does_not_join_the_jobs_ray_cluster_is_named(
             agents.extend(p for p in cluster.second_node() if "cuboid.launch.slurm_ray" in p.cmdline())
         return agents
 
-    cluster.wait(begins, seconds=PATIENCE)
-    agents[0].kill()
-    command.join(PATIENCE)
-    assert command.exitcode == 1
-    (end,) = standin.events(tmp_path, "end")
+    with standin.command([sys.executable, "-c", IMPATIENT, *words], folder) as command:
+        cluster.wait(begins, seconds=PATIENCE)
+        agents[0].kill()
+        _, err = command.communicate(timeout=PATIENCE)
+    assert (command.returncode, err) == (1, "cuboid: node n2 did not join the Ray cluster within 6 s\n")
+    (end,) = standin.events(folder, "end")
     assert (end["code"], end["cause"]) == (1, "node n2 did not join the Ray cluster within 6 s")
-    assert not (tmp_path / ".ray").exists()
+    assert not (folder / ".ray").exists()
     assert not pids_of_ray(job)
 
 
