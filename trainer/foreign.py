@@ -185,7 +185,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_deep(value: Any) -> None:
     level, depth = [value], 0
-    while level := [item for outer in level if outer and isinstance(outer, dict | list) for item in _inner(outer)]:
+    while level := [item for outer in level for item in _inner(outer)]:
         depth += 1
         if depth > JSON_DEPTH:
             raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
